@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'cache_folder', 'no_progress_bars', 'convert_gguf', 'smollm2', 'find_model',
-           'load_tokenizer', 'load_model', 'token_bytes']
+           'load_tokenizer', 'load_model', 'encode_chat', 'last_hidden', 'fusable_head', 'token_bytes']
 
-# %% ../nbs/01a_models.ipynb #de3062f7
+# %% ../nbs/01a_models.ipynb #4a57ed83
 import importlib.util
 import json
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-from .types import BadInput, NoSuchModel, missing_package
+from .types import BadInput, Message, NoSuchModel, missing_package
 
 # %% ../nbs/01a_models.ipynb #adc89989
 def pick_device(
@@ -134,6 +134,30 @@ def _from_pretrained(auto, name, **kwargs):
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise NoSuchModel(f'could not load {str(name)!r}: {reason}') from e
+
+# %% ../nbs/01a_models.ipynb #4cd23275
+def encode_chat(
+    tokenizer,                # A transformers tokenizer
+    messages: list[Message],  # The conversation so far
+) -> list[int]:               # Token ids, up to where the assistant begins to speak
+    "Write a conversation as the model was taught to read it; without a chat template, one message a line."
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)['input_ids']
+    return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
+
+# %% ../nbs/01a_models.ipynb #feee5928
+def last_hidden(model, inputs: dict) -> torch.Tensor: # From input_ids and attention_mask (B, L) to (B, L, H)
+    "What the head reads, by way of the model's own forward."
+    text = {name: inputs[name] for name in ('input_ids', 'attention_mask')}
+    return model(**text, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+
+def fusable_head(model) -> torch.Tensor|None: # (V, H)
+    "The head's weights, if all that it does is multiply by them."
+    head, config = model.get_output_embeddings(), model.config
+    plain = type(head) is torch.nn.Linear and head.bias is None
+    scaled = any(getattr(config, name, None) not in (None, 1, 1.) for name in
+                 ('final_logit_softcapping', 'logit_scale', 'logits_scaling', 'lm_head_multiplier'))
+    return head.weight if plain and not scaled else None
 
 # %% ../nbs/01a_models.ipynb #8aabd70b
 @lru_cache(1)
