@@ -101,7 +101,7 @@ class Sampling:
     stop: list[str] = field(default_factory=list) # Strings that end the answer and are not part of it
     top_logprobs: int|None = None       # How many alternatives to report; None reports no logprobs
 
-# %% ../../nbs/10_serving.engine.ipynb #5d205663
+# %% ../../nbs/10_serving.engine.ipynb #70c0ba59
 def pick(
     logprobs: torch.Tensor,       # (N, V)
     temperature: torch.Tensor,    # (N, 1), 0 for greedy
@@ -113,7 +113,7 @@ def pick(
     if greedy.all(): return logprobs.argmax(-1)
     p, ids = (logprobs/temperature.clamp_min(1e-4)).softmax(-1), None
     if (top_p < 1).any():
-        p, ids = p.sort(-1, descending=True, stable=True)
+        p, ids = p.sort(dim=-1, descending=True, stable=True)
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0)  # the first token always stays
     total = p.cumsum(-1)
     drawn = torch.searchsorted(total, uniform*total[:, -1:], right=True).clamp_max(p.shape[1] - 1)
