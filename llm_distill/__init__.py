@@ -1,1 +1,46 @@
+"""From an API key to a small language model of your own: ask a teacher, keep every answer, distil it, judge it, serve it.
+
+The names below are found on first use, so that importing the package loads neither torch nor a provider's SDK.
+"""
 __version__ = "0.1.0"
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+_HOMES = {
+    'types': ['Completion', 'DistillError', 'Event', 'Message', 'TokenLogprobs', 'Usage'],
+    'pricing': ['price'],
+    'models': ['load_model', 'load_tokenizer'],
+    'teachers.base': ['Teacher'],
+    'teachers.registry': ['create_teacher', 'register_teacher'],
+    'cache': ['TeacherCache'],
+    'collect': ['Answer', 'Answers', 'acollect', 'collect', 'read_prompts'],
+    'targets': ['make_examples'],
+    'student': ['prune'],
+    'train': ['DistillConfig', 'DistillTrainer'],
+    'evaluate': ['Scores', 'evaluate', 'write'],
+    'serving.app': ['Server', 'run_server', 'serve'],
+    'progress': ['Progress'],
+    'demo': ['demo_prompts', 'run_demo'],
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = globals()[name] = getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
+    return value
+
+
+def __dir__(): return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    "Keeps `llm_distill.collect` the function: importing a submodule would set the module of that name here."
+    def __setattr__(self, name, value):
+        if not (name in _HOME and isinstance(value, ModuleType)): super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
