@@ -2,7 +2,7 @@
 import sys
 from pathlib import Path
 
-from execnb.nbio import read_nb
+from fastcore.nbio import read_nb
 
 root = Path(__file__).resolve().parent.parent
 

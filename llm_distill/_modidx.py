@@ -333,6 +333,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'llm_distill.train.DistillTrainer.log': ('train.html#distilltrainer.log', 'llm_distill/train.py'),
                                    'llm_distill.train.DistillTrainer.prediction_step': ( 'train.html#distilltrainer.prediction_step',
                                                                                          'llm_distill/train.py'),
+                                   'llm_distill.train.DistillTrainer.save_model': ( 'train.html#distilltrainer.save_model',
+                                                                                    'llm_distill/train.py'),
                                    'llm_distill.train.EventCallback': ('train.html#eventcallback', 'llm_distill/train.py'),
                                    'llm_distill.train.EventCallback.__init__': ( 'train.html#eventcallback.__init__',
                                                                                  'llm_distill/train.py'),

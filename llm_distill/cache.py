@@ -56,14 +56,15 @@ _TABLE = '''create table if not exists answer (
     key blob primary key, endpoint text not null, request text not null, sample integer not null,
     reply text not null, logprobs blob, created real not null)'''
 
-# %% ../nbs/03_cache.ipynb #79853354
+# %% ../nbs/03_cache.ipynb #bd75d714
 def _check(path: Path):
     "Refuse what is not ours, by reading alone."
     try:
         db = sqlite3.connect(f'file:{_quote(path)}?mode=ro', uri=True)
         try:
             application, version = (db.execute(f'pragma {name}').fetchone()[0] for name in ('application_id', 'user_version'))
-            sound = db.execute('pragma quick_check(1)').fetchone()[0]
+            small = path.stat().st_size < 2**26  # the check reads everything; bigger files are found out as they are read
+            sound = db.execute('pragma quick_check(1)').fetchone()[0] if small else 'ok'
         finally: db.close()
     except sqlite3.DatabaseError as e:
         raise CacheError(f'{path} is damaged or no cache file ({e}); it was left untouched: move it away or name another file') from e
@@ -75,7 +76,7 @@ def _quote(path: Path) -> str:
     from urllib.request import pathname2url
     return pathname2url(str(path.absolute()))
 
-# %% ../nbs/03_cache.ipynb #8c5079df
+# %% ../nbs/03_cache.ipynb #d414d0f2
 class TeacherCache:
     "Answers by request, in one file; may be used from several threads and processes."
     def __init__(
@@ -95,7 +96,9 @@ class TeacherCache:
 
     def get(self, key: bytes) -> Completion|None: # None where nobody has asked
         "The answer to a request, marked as cached."
-        with self._lock: row = self._db.execute('select reply, logprobs from answer where key=?', (key,)).fetchone()
+        try:
+            with self._lock: row = self._db.execute('select reply, logprobs from answer where key=?', (key,)).fetchone()
+        except sqlite3.DatabaseError as e: raise CacheError(f'{self.path} is damaged ({e}); move it away') from e
         if row is None: return None
         reply, blob = json.loads(row[0]), row[1]
         return Completion(**reply | {'usage': Usage(**reply['usage']), 'cached': True,

@@ -26,16 +26,17 @@ def _serve(args) -> None:
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready)
 
-# %% ../nbs/14_cli.ipynb #56e337fc
+# %% ../nbs/14_cli.ipynb #5dd51e39
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill', description='From an API key to a small language model of your own.')
     parser.add_argument('--version', action='version', version=llm_distill.__version__)
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    def command(name, run, text):
+    def command(name, run, text, stopped=''):
         sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, stopped=stopped)
         return sub.add_argument
-    add = command('demo', _demo, 'distil a small model from a bigger one, offline, in a few minutes')
+    add = command('demo', _demo, 'distil a small model from a bigger one, offline, in a few minutes',
+                  '; the answers so far are kept, the same command goes on from there')
     add('--out', default='llm-distill-demo', help='folder for the cache, the student and the report')
     add('--fast', action='store_true', help='fewer prompts and fewer steps')
     add('--seed', type=int, default=0, help='the same seed gives the same figures on the same machine')
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--device', help='cpu, cuda, mps; left out, the best there is')
     return parser
 
-# %% ../nbs/14_cli.ipynb #5c8fcfc8
+# %% ../nbs/14_cli.ipynb #a142f938
 def main(
     argv: list[str]|None = None, # Words of the command line; None takes this process's
 ) -> int:                        # 0 when done, 1 for an error said in one line, 130 when interrupted
@@ -63,6 +64,6 @@ def main(
         print(f'llm-distill: {" ".join(str(e).split())}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('\nllm-distill: stopped; what was answered is kept, the same command goes on from there', file=sys.stderr)
+        print(f'\nllm-distill: stopped{args.stopped}', file=sys.stderr)
         return 130
     return 0

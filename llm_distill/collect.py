@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['Answer', 'read_prompts', 'Answers', 'acollect', 'collect']
 
-# %% ../nbs/04_collect.ipynb #c116bfde
+# %% ../nbs/04_collect.ipynb #231e1626
 import asyncio
 import json
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +69,7 @@ class Answers(list):
 
     def __repr__(self) -> str: return f'<{len(self)} answers: {self.asked} asked, {self.from_cache} from the cache>'
 
-# %% ../nbs/04_collect.ipynb #c828d185
+# %% ../nbs/04_collect.ipynb #f19cc0b2
 async def acollect(
     prompts: Iterable[str|list|dict], # Questions, conversations, or records with either
     teacher: Teacher,                 # Whom to ask
@@ -87,10 +86,13 @@ async def acollect(
     stop = stop or threading.Event()
     started = time.perf_counter()
     try:
+        if params.get('logprobs') and 'top_logprobs' not in teacher.gives:
+            raise BadInput(f'{teacher} gives no logprobs; leave logprobs out, and the student learns from the text')
         rows = [_split_record(p, system_prompt) for p in prompts]
         if not rows: raise BadInput('there is nothing to ask: give at least one prompt')
-        requests = {request_key(teacher.endpoint, r): r for messages, _ in rows for r in [teacher.request(messages, **params)]}
-        keys = [request_key(teacher.endpoint, teacher.request(messages, **params)) for messages, _ in rows]
+        bodies = [teacher.request(messages, **params) for messages, _ in rows]
+        keys = [request_key(teacher.endpoint, body) for body in bodies]
+        requests = dict(zip(keys, bodies))
         missing = [k for k in requests if k not in cache]
         usage = await _ask(missing, requests, teacher, cache, concurrency, on_event, stop)
         answers = {k: cache.get(k) for k in requests}

@@ -33,7 +33,7 @@ def _with_split(prompts: list) -> list[dict]:
     records = [p if isinstance(p, dict) else {'prompt': p} for p in prompts]
     return [{'topic': '', 'split': 'heldout' if i % 8 == 7 else 'train'} | r for i, r in enumerate(records)]
 
-# %% ../nbs/12a_demo.ipynb #bfe79970
+# %% ../nbs/12a_demo.ipynb #740567b1
 @dataclass(frozen=True)
 class Plan:
     "How much the demo does."
@@ -48,7 +48,7 @@ class Plan:
         def first(split, n): return [p for p in prompts if p['split'] == split][:n]
         return first('train', self.train) + first('heldout', self.heldout)
 
-FULL, FAST = Plan(168, 24, 48, 84, 8), Plan(72, 12, 24, 60, 4)
+FULL, FAST = Plan(168, 24, 48, 126, 8), Plan(72, 12, 24, 90, 4)
 
 # %% ../nbs/12a_demo.ipynb #bf33d950
 def _prepare(out: str|Path, price_as: str, prompts: str|Path|None) -> tuple[Path, list[dict]]:
@@ -74,13 +74,14 @@ def _ask(model, records, plan, cache, device, seed, show):
                               temperature=.7, max_tokens=plan.max_tokens)
             return answers, teacher.model
 
-# %% ../nbs/12a_demo.ipynb #1391e18a
+# %% ../nbs/12a_demo.ipynb #2b2da068
 def _train(student, tokenizer, answers, plan, folder, seed, show):
     "Distil; returns the points of the loss curve."
     from llm_distill.models import pick_dtype
     from llm_distill.train import DistillConfig, DistillTrainer
     import torch
     config = DistillConfig(str(folder), max_steps=plan.steps, per_device_train_batch_size=plan.batch_size, seed=seed,
+                           learning_rate=1e-3, freeze_embeddings=True,
                            use_cpu=student.device.type == 'cpu', bf16=pick_dtype(student.device) == torch.bfloat16)
     trainer = DistillTrainer(student, config, answers, tokenizer, on_event=show)
     trainer.train()

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['SCORES', 'write_atomically', 'loss_curve', 'scores_table', 'samples_table', 'report_page']
 
-# %% ../nbs/09a_report.ipynb #5850f5b8
+# %% ../nbs/09a_report.ipynb #3b4ea1cd
 import html
 import io
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(f.name, path)
     except OSError as e: raise BadInput(f'cannot write {path} ({e}); choose another output folder') from e
 
-# %% ../nbs/09a_report.ipynb #7f300b31
+# %% ../nbs/09a_report.ipynb #586ed98b
 def loss_curve(
     curve: list[dict], # Points with "step", "loss", "kl", "ce"
 ) -> str:              # SVG
@@ -39,7 +38,7 @@ def loss_curve(
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False)
     out = io.StringIO()
-    figure.savefig(out, format='svg')
+    figure.savefig(out, format='svg', metadata={'Date': None, 'Creator': None, 'Type': None, 'Format': None})
     return out.getvalue()[out.getvalue().index('<svg'):]
 
 # %% ../nbs/09a_report.ipynb #33fef02b

@@ -83,7 +83,7 @@ class TargetMaker:
         raise BadInput(f"the teacher's token {token!r} is not in the student's vocabulary: "
                        'collect without logprobs, or choose a student with the tokenizer of the teacher')
 
-# %% ../nbs/05_targets.ipynb #a7fdf6ae
+# %% ../nbs/05_targets.ipynb #dcafea80
 def make_examples(
     answers: Sequence[Answer], # Answers, or examples made before, which pass unchanged
     tokenizer,                 # The student's
@@ -97,7 +97,7 @@ def make_examples(
     examples = [e for e in map(maker.example, answers) if e is not None]
     if maker.cut_tokens or maker.skipped:
         warn(f'max_length={max_length}: {maker.cut_tokens} answer tokens were cut, {maker.skipped} examples left out')
-    if not examples: raise BadInput('no training examples: collect some answers first, or raise max_length')
+    if not examples: raise BadInput('no examples: collect some answers first, or raise max_length')
     return examples
 
 # %% ../nbs/05_targets.ipynb #f3012d80

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'EventCallback', 'DistillTrainer']
 
-# %% ../nbs/08_train.ipynb #d30e6583
+# %% ../nbs/08_train.ipynb #d7474eb6
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .losses import distill_loss, topk_tail_kl
-from .models import fusable_head, last_hidden
+from .models import fusable_head, last_hidden, no_progress_bars
 from .targets import collate, make_examples
 from .types import BadInput, Event, Listener
 
-# %% ../nbs/08_train.ipynb #25e07549
+# %% ../nbs/08_train.ipynb #10fc8137
 @dataclass
 class DistillConfig(TrainingArguments):
     "`TrainingArguments` with what distillation adds, and defaults that suit a pruned student."
@@ -28,6 +28,7 @@ class DistillConfig(TrainingArguments):
     top_k: int = field(default=20, metadata={'help': "The teacher's alternatives kept at each token, 1 or more."})
     max_length: int = field(default=1024, metadata={'help': 'Longest example in tokens; the rest is cut and counted.'})
     chunk: int = field(default=256, metadata={'help': 'Tokens whose logits exist at the same time.'})
+    freeze_embeddings: bool = field(default=False, metadata={'help': 'Leave embeddings and head as they are; see below.'})
     learning_rate: float = 5e-4
     per_device_train_batch_size: int = 8
     lr_scheduler_type: str = 'cosine'
@@ -44,7 +45,7 @@ class DistillConfig(TrainingArguments):
         if self.top_k < 1 or self.chunk < 1: raise BadInput('top_k and chunk must be 1 or more')
         super().__post_init__()
 
-# %% ../nbs/08_train.ipynb #fd4cf3f8
+# %% ../nbs/08_train.ipynb #4b544b78
 class EventCallback(TrainerCallback):
     "Tell a listener of each step."
     def __init__(self, on_event: Listener): self.on_event, self.metrics = on_event, {}
@@ -52,9 +53,9 @@ class EventCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
     def on_log(self, args, state, control, logs=None, **_):
-        self.metrics = {k: v for k, v in (logs or {}).items() if k in ('loss', 'kl', 'ce', 'learning_rate')}
+        self.metrics = {k: v for k, v in (logs or {}).items() if k in ('loss', 'kl', 'ce')}
 
-# %% ../nbs/08_train.ipynb #14f77030
+# %% ../nbs/08_train.ipynb #a8cf78da
 class DistillTrainer(Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     def __init__(
@@ -69,12 +70,18 @@ class DistillTrainer(Trainer):
     ):
         def examples(answers):
             return None if answers is None else make_examples(answers, processing_class, args.top_k, args.max_length)
+        if args.freeze_embeddings:
+            for part in (model.get_input_embeddings(), model.get_output_embeddings()): part.requires_grad_(False)
         super().__init__(model, args, train_dataset=examples(train_dataset), eval_dataset=examples(eval_dataset),
                          data_collator=lambda rows: collate(rows, processing_class.pad_token_id),
                          processing_class=processing_class, **kwargs)
         self.model_accepts_loss_kwargs = True  # or num_items_in_batch would not come
         self.curve, self._parts = [], defaultdict(float)
+        self.remove_callback(PrinterCallback)  # numbers go to on_event and to `curve`
         if on_event: self.add_callback(EventCallback(on_event))
+
+    def save_model(self, *args, **kwargs):
+        with no_progress_bars(): super().save_model(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, kl, ce, n = self._sums(model, inputs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['create_app', 'run_server', 'Server', 'serve']
 
-# %% ../../nbs/10_serving.app.ipynb #be7b31c1
+# %% ../../nbs/10_serving.app.ipynb #e14dddff
 import asyncio
 import json
 import os
@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from ..types import BadInput, DistillError, Message, ServerError
+from ..types import BadInput, DistillError, ServerError
 
 # %% ../../nbs/10_serving.app.ipynb #aab8197d
 async def _pieces(engine, prompt, sampling):
@@ -49,7 +49,7 @@ async def _stream(pieces, reply, include_usage):
     finally: await pieces.aclose()
     yield b'data: [DONE]\n\n'
 
-# %% ../../nbs/10_serving.app.ipynb #2b36ff11
+# %% ../../nbs/10_serving.app.ipynb #2b305fad
 async def _unless_gone(request, work):
     "The result of some work, or None if the client hangs up before it is done."
     task = asyncio.ensure_future(work)
@@ -57,7 +57,9 @@ async def _unless_gone(request, work):
         while not (await asyncio.wait({task}, timeout=.5))[0]:
             if await request.is_disconnected(): return None
         return task.result()
-    finally: task.cancel()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 # %% ../../nbs/10_serving.app.ipynb #5156b27a
 def create_app(
@@ -148,14 +150,14 @@ def run_server(
         try: Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5)).run(sockets=[taken])
         finally: engine.close()
 
-# %% ../../nbs/10_serving.app.ipynb #9a6226f2
+# %% ../../nbs/10_serving.app.ipynb #9c655ad2
 class Server:
     "A server in a process of its own; close it, or use it in a `with`."
     def __init__(self, process, url: str, log: Path): self.process, self.url, self.log = process, url, log
 
     def close(self) -> None:
         "Stop the server."
-        self.process.stdin.close()
+        with suppress(OSError): self.process.stdin.close()
         try: self.process.wait(10)
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
         with suppress(OSError): self.log.unlink()

@@ -1,0 +1,23 @@
+"Every notebook runs, one case each, by nbdev's own engine; tutorials also in a real kernel."
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_house import NOTEBOOKS, ROOT
+
+TUTORIALS = [p for p in NOTEBOOKS if p.parent.name == 'tutorials']
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(notebook):
+    done = subprocess.run([Path(sys.executable).with_name('nbdev-test'), notebook], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda p: p.stem)
+def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+    notebook = nbformat.read(tutorial, 4)
+    NotebookClient(notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': tmp_path}}).execute()
