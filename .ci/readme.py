@@ -20,4 +20,5 @@ def readme() -> str:
 
 if __name__ == '__main__':
     if '--check' not in sys.argv: (root/'README.md').write_text(readme(), encoding='utf-8')
-    elif (root/'README.md').read_text(encoding='utf-8') != readme(): sys.exit('README.md is out of step: run python .ci/readme.py')
+    elif (root/'README.md').read_text(encoding='utf-8') != readme():
+        sys.exit('README.md is out of step: run python .ci/readme.py')

@@ -1,4 +1,6 @@
-"""From an API key to a small language model of your own: ask a teacher, keep every answer, distil it, judge it, serve it.
+"""From an API key to a small language model of your own.
+
+Ask a teacher, keep every answer, distil it, judge it, serve it.
 
 The names below are found on first use, so that importing the package loads neither torch nor a provider's SDK.
 """

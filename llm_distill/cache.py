@@ -56,27 +56,32 @@ _TABLE = '''create table if not exists answer (
     key blob primary key, endpoint text not null, request text not null, sample integer not null,
     reply text not null, logprobs blob, created real not null)'''
 
-# %% ../nbs/03_cache.ipynb #bd75d714
+# %% ../nbs/03_cache.ipynb #4c164e99
 def _check(path: Path):
     "Refuse what is not ours, by reading alone."
     try:
         db = sqlite3.connect(f'file:{_quote(path)}?mode=ro', uri=True)
         try:
-            application, version = (db.execute(f'pragma {name}').fetchone()[0] for name in ('application_id', 'user_version'))
-            small = path.stat().st_size < 2**26  # the check reads everything; bigger files are found out as they are read
+            pragmas = ('application_id', 'user_version')
+            application, version = (db.execute(f'pragma {name}').fetchone()[0] for name in pragmas)
+            small = path.stat().st_size < 2**26  # the check reads everything; bigger files are judged as they are read
             sound = db.execute('pragma quick_check(1)').fetchone()[0] if small else 'ok'
         finally: db.close()
     except sqlite3.DatabaseError as e:
-        raise CacheError(f'{path} is damaged or no cache file ({e}); it was left untouched: move it away or name another file') from e
-    if application != _APPLICATION: raise CacheError(f'{path} is a database of another program; name another file for the cache')
-    if version != SCHEMA: raise CacheError(f'{path} has cache format {version}, this release reads {SCHEMA}; name another file')
-    if sound != 'ok': raise CacheError(f'{path} is damaged ({sound}); it was left untouched: move it away or name another file')
+        raise CacheError(f'{path} is damaged or no cache file ({e}); '
+                         'it was left untouched: move it away or name another file') from e
+    if application != _APPLICATION:
+        raise CacheError(f'{path} is a database of another program; name another file for the cache')
+    if version != SCHEMA:
+        raise CacheError(f'{path} has cache format {version}, this release reads {SCHEMA}; name another file')
+    if sound != 'ok':
+        raise CacheError(f'{path} is damaged ({sound}); it was left untouched: move it away or name another file')
 
 def _quote(path: Path) -> str:
     from urllib.request import pathname2url
     return pathname2url(str(path.absolute()))
 
-# %% ../nbs/03_cache.ipynb #d414d0f2
+# %% ../nbs/03_cache.ipynb #56b4301a
 class TeacherCache:
     "Answers by request, in one file; may be used from several threads and processes."
     def __init__(
@@ -88,11 +93,13 @@ class TeacherCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            for word in (f'application_id={_APPLICATION}', f'user_version={SCHEMA}', 'journal_mode=wal', 'synchronous=normal'):
+            for word in (f'application_id={_APPLICATION}', f'user_version={SCHEMA}',
+                         'journal_mode=wal', 'synchronous=normal'):
                 self._db.execute(f'pragma {word}')
             self._db.execute(_TABLE)
         except (sqlite3.Error, OSError) as e:
-            raise CacheError(f'cannot keep a cache at {self.path} ({e}); name a file in a folder that can be written') from e
+            raise CacheError(f'cannot keep a cache at {self.path} ({e}); '
+                             'name a file in a folder that can be written') from e
 
     def get(self, key: bytes) -> Completion|None: # None where nobody has asked
         "The answer to a request, marked as cached."
@@ -113,7 +120,8 @@ class TeacherCache:
         try:
             with self._lock: self._db.execute('insert or ignore into answer values (?,?,?,?,?,?,?)', row)
         except sqlite3.Error as e:
-            raise CacheError(f'could not write to {self.path} ({e}); what it held is safe: free some space and go on') from e
+            raise CacheError(f'could not write to {self.path} ({e}); '
+                             'what it held is safe: free some space and go on') from e
 
     def __len__(self) -> int:
         with self._lock: return self._db.execute('select count(*) from answer').fetchone()[0]

@@ -26,13 +26,15 @@ def _serve(args) -> None:
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready)
 
-# %% ../nbs/14_cli.ipynb #5dd51e39
+# %% ../nbs/14_cli.ipynb #4bfc4624
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('llm-distill', description='From an API key to a small language model of your own.')
+    parser = argparse.ArgumentParser('llm-distill',
+                                     description='From an API key to a small language model of your own.')
     parser.add_argument('--version', action='version', version=llm_distill.__version__)
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
     def command(name, run, text, stopped=''):
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=text, description=text,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run, stopped=stopped)
         return sub.add_argument
     add = command('demo', _demo, 'distil a small model from a bigger one, offline, in a few minutes',
@@ -41,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--fast', action='store_true', help='fewer prompts and fewer steps')
     add('--seed', type=int, default=0, help='the same seed gives the same figures on the same machine')
     add('--price-as', default='gpt-4o-mini', metavar='MODEL', help='at whose list price the questions are costed')
-    add('--teacher', default='smollm2', metavar='MODEL', help='a model folder or hub name in place of the teacher from PyPI')
+    add('--teacher', default='smollm2', metavar='MODEL',
+        help='a model folder or hub name in place of the teacher from PyPI')
     add('--prompts', metavar='FILE', help='your own prompts, one a line, or JSONL with "prompt" or "messages"')
     add('--device', help='cpu, cuda, mps; left out, the best there is')
     add = command('serve', _serve, 'serve a model behind an OpenAI-compatible API')

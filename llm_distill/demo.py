@@ -26,14 +26,15 @@ def demo_prompts() -> list[dict]: # Records with "prompt", "topic" and "split" (
     lines = (files('llm_distill')/'data/prompts.jsonl').read_text(encoding='utf-8').splitlines()
     return [json.loads(line) for line in lines]
 
-# %% ../nbs/12a_demo.ipynb #c45c6647
+# %% ../nbs/12a_demo.ipynb #f16bbdd4
 def _with_split(prompts: list) -> list[dict]:
     "Prompts of the user's own: one of eight is held out."
-    if len(prompts) < 8: raise BadInput(f'{len(prompts)} prompts are too few to learn from and be judged by; give 8 or more')
+    if len(prompts) < 8:
+        raise BadInput(f'{len(prompts)} prompts are too few to learn from and be judged by; give 8 or more')
     records = [p if isinstance(p, dict) else {'prompt': p} for p in prompts]
     return [{'topic': '', 'split': 'heldout' if i % 8 == 7 else 'train'} | r for i, r in enumerate(records)]
 
-# %% ../nbs/12a_demo.ipynb #740567b1
+# %% ../nbs/12a_demo.ipynb #426370d2
 @dataclass(frozen=True)
 class Plan:
     "How much the demo does."
@@ -48,7 +49,7 @@ class Plan:
         def first(split, n): return [p for p in prompts if p['split'] == split][:n]
         return first('train', self.train) + first('heldout', self.heldout)
 
-FULL, FAST = Plan(168, 24, 48, 126, 8), Plan(72, 12, 24, 90, 4)
+FULL, FAST = Plan(168, 24, 48, 105, 8), Plan(72, 12, 24, 90, 4)
 
 # %% ../nbs/12a_demo.ipynb #bf33d950
 def _prepare(out: str|Path, price_as: str, prompts: str|Path|None) -> tuple[Path, list[dict]]:
@@ -107,7 +108,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #27000077
+# %% ../nbs/12a_demo.ipynb #c8fa1d6b
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -125,7 +126,8 @@ def run_demo(
     with Progress(labels={'collect': 'asking', 'evaluate': 'judging', 'train': 'training'}) as show:
         from llm_distill.cache import TeacherCache
         with TeacherCache(folder/'cache.db') as cache:
-            say('1/5  Loading the teacher' + (' (the first time, it is converted: half a minute)' if teacher == 'smollm2' else ''))
+            slow = ' (the first time, it is converted: half a minute)' if teacher == 'smollm2' else ''
+            say('1/5  Loading the teacher' + slow)
             import torch
             from llm_distill.evaluate import evaluate
             from llm_distill.models import find_model, load_model, load_tokenizer, pick_device
@@ -142,9 +144,12 @@ def run_demo(
         student, layers = prune(big, keep_every=3), big.config.num_hidden_layers
         del big
         shown = heldout[:4]
-        before, said_before = evaluate(student, heldout, tokenizer, on_event=show), _samples(student, tokenizer, shown, plan.max_tokens)
+        def judge():
+            scores = evaluate(student, heldout, tokenizer, on_event=show)
+            return scores, _samples(student, tokenizer, shown, plan.max_tokens)
+        before, said_before = judge()
         curve = _train(student, tokenizer, train, plan, folder/'student', seed, show)
-        after, said_after = evaluate(student, heldout, tokenizer, on_event=show), _samples(student, tokenizer, shown, plan.max_tokens)
+        after, said_after = judge()
     say(f'     KL to the teacher {before.kl:.2f} -> {after.kl:.2f} nats per token, '
         f'agreement {before.agreement:.1%} -> {after.agreement:.1%}')
     say(f'4/5  Serving the student, and asking it: {shown[0].prompt}')
@@ -153,9 +158,9 @@ def run_demo(
     tokens = sum((a.completion.usage for a in answers), Usage())
     report = {
         'before': before.as_dict(), 'after': after.as_dict(), 'asked': answers.asked, 'from_cache': answers.from_cache,
-        'seconds': round(time.perf_counter() - started, 1), 'student': str((folder/'student').resolve()), 'teacher': name,
-        'layers': f'{student.config.num_hidden_layers} of {layers}', 'device': device, 'seed': seed, 'top_k': 20, 'fast': fast,
-        'version': llm_distill.__version__, 'curve': curve,
+        'seconds': round(time.perf_counter() - started, 1), 'student': str((folder/'student').resolve()),
+        'teacher': name, 'layers': f'{student.config.num_hidden_layers} of {layers}', 'device': device,
+        'seed': seed, 'top_k': 20, 'fast': fast, 'version': llm_distill.__version__, 'curve': curve,
         'price': {'model': price_as, 'usd': price(tokens, price_as, len(answers)),
                   'prompt_tokens': tokens.prompt_tokens, 'completion_tokens': tokens.completion_tokens},
         'samples': [{'prompt': a.prompt, 'teacher': a.text, 'before': b, 'after': c}

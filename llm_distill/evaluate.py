@@ -47,7 +47,7 @@ def _score_batch(model, batch, chunk=256):
         sums += torch.stack([kl, same, nll]).double().cpu()
     return sums, int(soft.sum()), len(labels)
 
-# %% ../nbs/09_evaluate.ipynb #97c7bb50
+# %% ../nbs/09_evaluate.ipynb #f0b78a7c
 def evaluate(
     model,                        # The student, a causal LM
     answers: Sequence[Answer],    # The teacher's answers to held-out prompts, best with logprobs
@@ -60,8 +60,8 @@ def evaluate(
     model.eval()
     sums, soft, tokens = torch.zeros(3, dtype=torch.float64), 0, 0
     for start in range(0, len(examples), batch_size):
-        batch = {k: v.to(model.device) for k, v in collate(examples[start:start + batch_size], tokenizer.pad_token_id).items()}
-        part, s, n = _score_batch(model, batch)
+        batch = collate(examples[start:start + batch_size], tokenizer.pad_token_id)
+        part, s, n = _score_batch(model, {k: v.to(model.device) for k, v in batch.items()})
         sums, soft, tokens = sums + part, soft + s, tokens + n
         if on_event: on_event(Event('evaluate', min(start + batch_size, len(examples)), len(examples)))
     model.train(was_training)

@@ -47,7 +47,7 @@ def _chunk(hidden, weight, labels, top_ids, top_logprobs, alpha, beta):
     grad.scatter_add_(1, labels[:, None], torch.full_like(ratio, -beta))
     return kl, ce, grad
 
-# %% ../nbs/06_losses.ipynb #6934ba4e
+# %% ../nbs/06_losses.ipynb #eb4ed442
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, top_ids, top_logprobs, alpha, beta, chunk):
@@ -56,7 +56,8 @@ class _FusedLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, device=weight.device) if weight.requires_grad else None
         near = weight.to(hidden.dtype)                     # one rounding for all terms
         for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            part_kl, part_ce, grad = _chunk(hidden[rows], near, labels[rows], top_ids[rows], top_logprobs[rows].float(), alpha, beta)
+            part_kl, part_ce, grad = _chunk(hidden[rows], near, labels[rows], top_ids[rows],
+                                            top_logprobs[rows].float(), alpha, beta)
             kl, ce, grad = kl + part_kl, ce + part_ce, grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ near
             if grad_weight is not None: grad_weight += (grad.T @ hidden[rows])

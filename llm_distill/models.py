@@ -93,7 +93,7 @@ def smollm2() -> Path: # Raises ImportError with the install command where the e
     folder = cache_folder()/'SmolLM2-135M-Instruct'
     return folder if (folder/'config.json').exists() else convert_gguf(_smollm2_gguf(), folder)
 
-# %% ../nbs/01a_models.ipynb #68644b76
+# %% ../nbs/01a_models.ipynb #17b22ef0
 def find_model(
     name: str|Path, # A folder, "smollm2", or a hub name ("owner/name") that transformers has or can fetch
 ) -> str:           # What `from_pretrained` takes; raises `NoSuchModel` for a folder that is not there
@@ -102,9 +102,11 @@ def find_model(
     if name == 'smollm2': return str(smollm2())
     folder = Path(name).expanduser()
     if (folder/'config.json').exists(): return str(folder)
-    if folder.exists(): raise NoSuchModel(f'{name!r} holds no model (no config.json); give a folder made by save_pretrained')
+    if folder.exists():
+        raise NoSuchModel(f'{name!r} holds no model (no config.json); give a folder made by save_pretrained')
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
-        raise NoSuchModel(f'no model folder {name!r}; give a folder with config.json, a hub name like owner/name, or "smollm2"')
+        raise NoSuchModel(f'no model folder {name!r}; '
+                          'give a folder with config.json, a hub name like owner/name, or "smollm2"')
     return name
 
 # %% ../nbs/01a_models.ipynb #0e22a097

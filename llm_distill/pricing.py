@@ -8,7 +8,7 @@ __all__ = ['price']
 # %% ../nbs/01_pricing.ipynb #5d0b1da9
 from .types import BadInput, Usage
 
-# %% ../nbs/01_pricing.ipynb #2d0e7d61
+# %% ../nbs/01_pricing.ipynb #48096187
 def price(
     usage: Usage,          # Tokens in and out
     model: str,            # A priced model, e.g. "gpt-4o-mini"
@@ -20,4 +20,5 @@ def price(
     tokens = Tokens(input_tokens=round(usage.prompt_tokens/n), output_tokens=round(usage.completion_tokens/n))
     try: return float(calc_price(tokens, model_ref=model).total_price)*n
     except LookupError as e:
-        raise BadInput(f'no known price for {model!r}; give a model from the genai-prices list, e.g. "gpt-4o-mini"') from e
+        raise BadInput(f'no known price for {model!r}; '
+                       'give a model from the genai-prices list, e.g. "gpt-4o-mini"') from e

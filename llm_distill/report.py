@@ -41,11 +41,12 @@ def loss_curve(
     figure.savefig(out, format='svg', metadata={'Date': None, 'Creator': None, 'Type': None, 'Format': None})
     return out.getvalue()[out.getvalue().index('<svg'):]
 
-# %% ../nbs/09a_report.ipynb #33fef02b
+# %% ../nbs/09a_report.ipynb #82305b26
 def _table(head: list[str], rows: list[list], numbers: bool = False) -> str:
     def line(tag, cells): return '<tr>' + ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells) + '</tr>'
     kind = ' class="numbers"' if numbers else ''
-    return f'<table{kind}><thead>{line("th", head)}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table>'
+    body = ''.join(line('td', r) for r in rows)
+    return f'<table{kind}><thead>{line("th", head)}</thead><tbody>{body}</tbody></table>'
 
 def _number(x) -> str: return 'not known' if x is None else f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.3g}'
 
@@ -64,9 +65,11 @@ def samples_table(samples: list[dict]) -> str: # HTML
     names = ['prompt', 'teacher', 'before', 'after']
     return _table(['question', 'teacher', 'student before', 'student after'], [[s[n] for n in names] for s in samples])
 
-# %% ../nbs/09a_report.ipynb #c3b909a8
-_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
-table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{border-bottom:1px solid #ddd;padding:.5rem;text-align:left;vertical-align:top}
+# %% ../nbs/09a_report.ipynb #26c375ed
+_STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
+color:#1b1b1b;background:#fff}
+table{border-collapse:collapse;width:100%;margin:1rem 0}
+th,td{border-bottom:1px solid #ddd;padding:.5rem;text-align:left;vertical-align:top}
 .numbers td+td,.numbers th+th{text-align:right;white-space:nowrap}td{white-space:pre-wrap;overflow-wrap:anywhere}
 svg{max-width:100%;height:auto}code{background:#f3f3f3;padding:.1rem .3rem}footer{color:#666;font-size:.9rem}'''
 
@@ -77,12 +80,15 @@ def report_page(
     r, price = report, report['price']
     facts = [['teacher', r['teacher']], ['student', r['student']], ['layers kept', r['layers']],
              ['questions asked in this run', r['asked']], ['answers found in the cache', r['from_cache']],
-             ['tokens of all questions and answers', f'{price["prompt_tokens"]:,} in, {price["completion_tokens"]:,} out'],
+             ['tokens of all questions and answers',
+              f'{price["prompt_tokens"]:,} in, {price["completion_tokens"]:,} out'],
              [f'what they would have cost from {price["model"]}', f'{price["usd"]:.4f} USD'],
              ['seconds for the whole run', f'{r["seconds"]:.0f}'], ['device', r['device']], ['seed', r['seed']]]
-    return f'''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Distillation report</title><style>{_STYLE}</style></head>
+    return f'''<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>Distillation report</title><style>{_STYLE}</style></head>
 <body><h1>Distillation report</h1><h2>Before and after</h2>{scores_table(r['before'], r['after'])}
 <h2>Learning</h2>{loss_curve(r['curve'])}<h2>What they say</h2>{samples_table(r['samples'])}
 <h2>What it took</h2>{_table(['', ''], facts)}
-<footer>KL and agreement are taken over the teacher's top-{r['top_k']} tokens and a tail for all others, so the KL is a lower bound of that over the
-whole vocabulary. Price from the list of genai-prices. Made by llm_distill {r['version']}.</footer></body></html>'''
+<footer>KL and agreement are taken over the teacher's top-{r['top_k']} tokens and a tail for all others,
+so the KL is a lower bound of that over the whole vocabulary. Price from the list of genai-prices.
+Made by llm_distill {r['version']}.</footer></body></html>'''

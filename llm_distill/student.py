@@ -10,24 +10,26 @@ import copy
 
 from .types import BadInput
 
-# %% ../nbs/07_student.ipynb #af4d6fa5
+# %% ../nbs/07_student.ipynb #eaa96832
 def kept_layers(
     n: int,          # Layers of the teacher
     keep_every: int, # One layer in so many stays
 ) -> list[int]:      # Their numbers, ascending, with 0 and n - 1 among them
     "Which layers stay."
-    if not 1 <= keep_every <= n: raise BadInput(f'keep_every must be 1 to {n} for a model of {n} layers, not {keep_every}')
+    if not 1 <= keep_every <= n:
+        raise BadInput(f'keep_every must be 1 to {n} for a model of {n} layers, not {keep_every}')
     kept = max(-(-n//keep_every), 1)
     return [round(i*(n - 1)/(kept - 1)) for i in range(kept)] if kept > 1 else [0]
 
-# %% ../nbs/07_student.ipynb #06ee3a7a
+# %% ../nbs/07_student.ipynb #205b241b
 def prune(
     model,               # A transformers causal LM whose layers lie in `model.base_model.layers`
     keep_every: int = 3, # One layer in so many stays
 ):                       # A new model in float32, ready to train; the teacher is left as it is
     "Make a student from a teacher by dropping layers."
     layers = getattr(model.base_model, 'layers', None)
-    if layers is None: raise BadInput(f'{type(model).__name__} does not keep its layers in base_model.layers; cannot drop any')
+    if layers is None:
+        raise BadInput(f'{type(model).__name__} does not keep its layers in base_model.layers; cannot drop any')
     kept = kept_layers(len(layers), keep_every)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(kept)

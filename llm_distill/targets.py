@@ -100,7 +100,7 @@ def make_examples(
     if not examples: raise BadInput('no examples: collect some answers first, or raise max_length')
     return examples
 
-# %% ../nbs/05_targets.ipynb #f3012d80
+# %% ../nbs/05_targets.ipynb #03e204c5
 def collate(
     examples: list[dict],  # From `make_examples`
     pad_id: int,           # Fills input_ids; it is never attended to
@@ -108,7 +108,8 @@ def collate(
     "Pad examples to the longest of the batch, on the right."
     length = max(len(e['input_ids']) for e in examples)
     fill = {'input_ids': pad_id, 'labels': -100, 'top_ids': 0, 'top_logprobs': -np.inf, 'soft': False}
-    batch = {name: torch.from_numpy(np.stack([_pad(e[name], length, value) for e in examples])) for name, value in fill.items()}
+    batch = {name: torch.from_numpy(np.stack([_pad(e[name], length, value) for e in examples]))
+             for name, value in fill.items()}
     lengths = torch.tensor([len(e['input_ids']) for e in examples])
     return batch | {'attention_mask': (torch.arange(length) < lengths[:, None]).long()}
 

@@ -18,17 +18,17 @@ from .models import fusable_head, last_hidden, no_progress_bars
 from .targets import collate, make_examples
 from .types import BadInput, Event, Listener
 
-# %% ../nbs/08_train.ipynb #10fc8137
+# %% ../nbs/08_train.ipynb #b696e0ce
 @dataclass
 class DistillConfig(TrainingArguments):
     "`TrainingArguments` with what distillation adds, and defaults that suit a pruned student."
     output_dir: str = 'student'
     alpha: float = field(default=.8, metadata={'help': 'Weight of the KL divergence to the teacher, 0 or more.'})
-    beta: float = field(default=.2, metadata={'help': "Weight of the cross-entropy on the teacher's tokens, 0 or more."})
+    beta: float = field(default=.2, metadata={'help': "Weight of cross-entropy on the teacher's tokens, 0 or more."})
     top_k: int = field(default=20, metadata={'help': "The teacher's alternatives kept at each token, 1 or more."})
     max_length: int = field(default=1024, metadata={'help': 'Longest example in tokens; the rest is cut and counted.'})
     chunk: int = field(default=256, metadata={'help': 'Tokens whose logits exist at the same time.'})
-    freeze_embeddings: bool = field(default=False, metadata={'help': 'Leave embeddings and head as they are; see below.'})
+    freeze_embeddings: bool = field(default=False, metadata={'help': 'Leave embeddings and head alone; see below.'})
     learning_rate: float = 5e-4
     per_device_train_batch_size: int = 8
     lr_scheduler_type: str = 'cosine'

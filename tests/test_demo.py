@@ -18,7 +18,8 @@ def start(*words):
 def rows(db):
     "Answers in a cache that somebody else is writing."
     try:
-        with sqlite3.connect(f'file:{db}?mode=ro', uri=True, timeout=5) as c: return c.execute('select count(*) from answer').fetchone()[0]
+        with sqlite3.connect(f'file:{db}?mode=ro', uri=True, timeout=5) as c:
+            return c.execute('select count(*) from answer').fetchone()[0]
     except sqlite3.Error: return 0
 
 
@@ -79,7 +80,8 @@ def test_the_report_is_one_page(killed_and_finished):
 def test_the_student_is_an_ordinary_folder(killed_and_finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     *_, report = killed_and_finished
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(report['student']), AutoTokenizer.from_pretrained(report['student'])
+    model = AutoModelForCausalLM.from_pretrained(report['student'])
+    tokenizer = AutoTokenizer.from_pretrained(report['student'])
     assert model.config.num_hidden_layers == 10 and tokenizer.chat_template
 
 

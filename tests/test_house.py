@@ -15,22 +15,24 @@ from conftest import ROOT
 PACKAGE = ROOT/'llm_distill'
 BIN = Path(sys.executable).parent
 # From the ground up; a module imports only from names to the left of its own.
-LAYERS = ['types', 'pricing', 'models', 'teachers', 'cache', 'collect', 'targets', 'losses', 'student', 'train', 'evaluate', 'report',
-          'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
+LAYERS = ['types', 'pricing', 'models', 'teachers', 'cache', 'collect', 'targets', 'losses', 'student', 'train',
+          'evaluate', 'report', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
 def modules(folder):
     "Exported modules by their path; packages' own files are written by hand."
-    return {p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8') for p in folder.rglob('*.py') if p.name != '__init__.py'}
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8')
+            for p in folder.rglob('*.py') if p.name != '__init__.py'}
 
 
 @pytest.fixture
 def copy(tmp_path):
     "A copy of what git would carry, for commands that write."
+    unwanted = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
     for name in ('nbs', 'llm_distill', 'pyproject.toml', 'settings.ini'):
         source = ROOT/name
-        if source.is_dir(): shutil.copytree(source, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+        if source.is_dir(): shutil.copytree(source, tmp_path/name, ignore=unwanted)
         else: shutil.copy(source, tmp_path)
     return tmp_path
 
@@ -57,7 +59,8 @@ def test_notebooks_store_no_widgets_nor_heavy_outputs():
     for path in NOTEBOOKS:
         text = path.read_text(encoding='utf-8')
         assert 'application/vnd.jupyter.widget' not in text, path.name
-        images = [o['data']['image/png'] for c in json.loads(text)['cells'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+        outputs = [o for c in json.loads(text)['cells'] for o in c.get('outputs', [])]
+        images = [o['data']['image/png'] for o in outputs if 'image/png' in o.get('data', {})]
         assert all(len(image) < 70_000 for image in images), f'{path.name}: an image over 50 kB'
 
 
@@ -73,7 +76,8 @@ def absolute(name, path):
     "An imported name as if it were not relative to the module at `path`."
     if not name.startswith('.'): return name
     dots = len(name) - len(name.lstrip('.'))
-    return '.'.join(['llm_distill', *path.split('/')[:-1]][:None if dots == 1 else 1 - dots] + [name.lstrip('.')]).rstrip('.')
+    rooms = ['llm_distill', *path.split('/')[:-1]][:None if dots == 1 else 1 - dots]
+    return '.'.join(rooms + [name.lstrip('.')]).rstrip('.')
 
 
 @pytest.mark.parametrize('path', sorted(p for p in modules(PACKAGE) if p != '_modidx.py'))
@@ -96,13 +100,16 @@ def test_every_import_is_a_declared_dependency():
     used = {n.split('.')[0] for text in modules(PACKAGE).values() for n in imported(ast.parse(text))}
     homes = packages_distributions()
     third = used - sys.stdlib_module_names - {'llm_distill', ''}
-    missing = {n for n in third if not n.startswith('.') and not {h.lower().replace('_', '-') for h in homes[n]} & declared}
+    missing = {n for n in third
+               if not n.startswith('.') and not {h.lower().replace('_', '-') for h in homes[n]} & declared}
     assert missing <= {'pydantic'}, missing  # FastAPI's own form of a request
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    code = 'import sys, llm_distill; print([m for m in ("torch","transformers","openai","anthropic","numpy") if m in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    heavy = ('torch', 'transformers', 'openai', 'anthropic', 'numpy')
+    code = f'import sys, llm_distill; print([m for m in {heavy} if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'
 
 
 def test_every_lazy_name_is_there_and_stays_itself():

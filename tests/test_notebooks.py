@@ -11,7 +11,8 @@ TUTORIALS = [p for p in NOTEBOOKS if p.parent.name == 'tutorials']
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(notebook):
-    done = subprocess.run([Path(sys.executable).with_name('nbdev-test'), notebook], cwd=ROOT, capture_output=True, text=True)
+    test = Path(sys.executable).with_name('nbdev-test')
+    done = subprocess.run([test, notebook], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

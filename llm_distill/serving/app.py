@@ -61,7 +61,7 @@ async def _unless_gone(request, work):
         task.cancel()
         await asyncio.wait({task})
 
-# %% ../../nbs/10_serving.app.ipynb #5156b27a
+# %% ../../nbs/10_serving.app.ipynb #7abd45f3
 def create_app(
     engine,             # An `Engine`
     tokenizer,          # The model's tokenizer
@@ -98,12 +98,13 @@ def create_app(
         prompt = encode_chat(tokenizer, [m.as_message() for m in body.messages])
         sampling = body.sampling(max(1, min(512, engine.max_context - len(prompt))))
         if len(prompt) + sampling.max_tokens > engine.max_context:
-            said = f'this model takes {engine.max_context} tokens; {len(prompt)} of prompt and {sampling.max_tokens} of answer are more'
+            said = (f'this model takes {engine.max_context} tokens; '
+                    f'{len(prompt)} of prompt and {sampling.max_tokens} of answer are more')
             return answer(error_body(said, 'messages', 'context_length_exceeded'), 400)
         reply, pieces = Reply(model, len(prompt)), _pieces(engine, prompt, sampling)
         if body.stream:
-            options = body.stream_options
-            return StreamingResponse(_stream(pieces, reply, options and options.include_usage), media_type='text/event-stream')
+            with_usage = body.stream_options and body.stream_options.include_usage
+            return StreamingResponse(_stream(pieces, reply, with_usage), media_type='text/event-stream')
         async def collect(): return [piece async for piece in pieces]
         try: whole = await _unless_gone(request, collect())
         except ServerError as e: return answer(error_body(str(e), kind='server_error'), 500)
@@ -166,9 +167,9 @@ class Server:
     def __exit__(self, *_): self.close()
     def __repr__(self) -> str: return f'Server({self.url!r})'
 
-# %% ../../nbs/10_serving.app.ipynb #ecd5732a
+# %% ../../nbs/10_serving.app.ipynb #25056f02
 def _child() -> None:
-    "What the server's process runs: settings come as a line of stdin, the URL or the error goes out as a line of stdout."
+    "The server's process: settings come as a line of stdin, the URL or the error goes out as a line of stdout."
     settings = json.loads(sys.stdin.readline())
     def say(**line): print(json.dumps(line), flush=True)
     def end_with_parent(): sys.stdin.read(); os._exit(0)

@@ -27,7 +27,7 @@ class _Slots:
         self.rows = torch.arange(slots, device=device)
         self.width = 0                                                   # how far the step looks
 
-# %% ../../nbs/10_serving.engine.ipynb #811ea047
+# %% ../../nbs/10_serving.engine.ipynb #372727c1
 class _SlotLayer(CacheLayerMixin):
     "Keys and values of one layer for all slots, (slots, heads, capacity, head_dim), grown in steps."
     step = 256
@@ -54,15 +54,17 @@ class _SlotLayer(CacheLayerMixin):
             self.keys[s.filling, :, :n], self.values[s.filling, :, :n] = key_states[0], value_states[0]
             return key_states, value_states
         self._reserve(key_states, s.width)
-        self.keys[s.rows, :, s.position], self.values[s.rows, :, s.position] = key_states[:, :, 0], value_states[:, :, 0]
+        self.keys[s.rows, :, s.position] = key_states[:, :, 0]
+        self.values[s.rows, :, s.position] = value_states[:, :, 0]
         return self.keys[:, :, :s.width], self.values[:, :, :s.width]
 
-# %% ../../nbs/10_serving.engine.ipynb #d551778e
+# %% ../../nbs/10_serving.engine.ipynb #622a9102
 class SlotModel:
     "A causal LM with a cache of slots: prefill one, step all."
     def __init__(self, model, slots: int):
         unsupported = set(getattr(model.config, 'layer_types', None) or []) - {'full_attention', 'sliding_attention'}
-        if unsupported: raise ServerError(f'cannot serve {model.config.model_type}: it has {", ".join(unsupported)} layers')
+        if unsupported:
+            raise ServerError(f'cannot serve {model.config.model_type}: it has {", ".join(unsupported)} layers')
         self.model, self.device = model.eval(), model.device
         self.slots = _Slots(slots, self.device)
         self.cache = Cache(layers=[_SlotLayer(self.slots) for _ in range(model.config.num_hidden_layers)])
@@ -164,7 +166,7 @@ class _Job:
         if self.sampling.seed is None: self.random.seed()
         else: self.random.manual_seed(self.sampling.seed % 2**63)
 
-# %% ../../nbs/10_serving.engine.ipynb #5d0f0c4a
+# %% ../../nbs/10_serving.engine.ipynb #ac4ac4d7
 class Engine:
     "Continuous batching over a Hugging Face causal LM."
     def __init__(
@@ -175,8 +177,9 @@ class Engine:
         max_context: int = 4096, # Longest prompt and answer together, at most what the model knows
     ):
         self.slots, self.bytes_of = SlotModel(model, slots), token_bytes(tokenizer)
-        limits = (max_context, model.config.max_position_embeddings, getattr(model.config, 'sliding_window', None) or max_context)
-        self.max_context, self.vocabulary = min(limits), len(tokenizer)
+        window = getattr(model.config, 'sliding_window', None) or max_context
+        self.max_context = min(max_context, model.config.max_position_embeddings, window)
+        self.vocabulary = len(tokenizer)
         ends = model.generation_config.eos_token_id
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self.hidden_ids = set(tokenizer.all_special_ids)
@@ -245,7 +248,8 @@ class Engine:
             token = int(chosen[i])
             self._last[slot] = token
             k = job.sampling.top_logprobs
-            top = None if k is None else [(self.bytes_of[t], v) for t, v in zip(ids[i, :k].tolist(), values[i, :k].tolist())]
+            top = None if k is None else [(self.bytes_of[t], v)
+                                          for t, v in zip(ids[i, :k].tolist(), values[i, :k].tolist())]
             piece = self._piece(job, token, float(logprobs[i, token]), top)
             if piece.finish: del self._active[slot]; self.slots.free(slot)
             job.emit(piece)

@@ -43,19 +43,22 @@ def as_completion(
         logprobs=_logprobs(content) if content else None, request_id=reply.id,
         reasoning=getattr(choice.message, 'reasoning_content', None))
 
-# %% ../../nbs/02_teachers.openai.ipynb #5578489d
+# %% ../../nbs/02_teachers.openai.ipynb #62572db6
 def _as_teacher_error(e: Exception, url: str, key: str) -> TeacherError:
     "Our error for the SDK's."
     import openai
     said = str(e).replace(key, '***') if key else str(e)
-    if isinstance(e, openai.APITimeoutError): return TeacherTimeout(f'no answer from {url} in time; raise timeout= or ask later')
-    if isinstance(e, openai.APIConnectionError): return TeacherUnreachable(f'nothing answers at {url}; is the server running?')
+    if isinstance(e, openai.APITimeoutError):
+        return TeacherTimeout(f'no answer from {url} in time; raise timeout= or ask later')
+    if isinstance(e, openai.APIConnectionError):
+        return TeacherUnreachable(f'nothing answers at {url}; is the server running?')
     if isinstance(e, openai.AuthenticationError): return TeacherRefused(f'{url} does not accept the API key: {said}')
     if isinstance(e, openai.RateLimitError): return TeacherError(f'{url} is busy or the quota is used up: {said}')
-    if isinstance(e, openai.APIStatusError) and e.status_code < 500: return TeacherRefused(f'{url} refuses the request: {said}')
+    if isinstance(e, openai.APIStatusError) and e.status_code < 500:
+        return TeacherRefused(f'{url} refuses the request: {said}')
     return TeacherError(f'{url} failed: {said}')
 
-# %% ../../nbs/02_teachers.openai.ipynb #2d24e182
+# %% ../../nbs/02_teachers.openai.ipynb #84cafa9b
 class OpenAITeacher(Teacher):
     "A teacher behind Chat Completions."
     gives = frozenset({'text', 'top_logprobs'})
@@ -68,7 +71,7 @@ class OpenAITeacher(Teacher):
         base_url: str|None = None, # Up to and with "/v1"
         timeout: float = 60,       # Seconds for one answer
         max_retries: int = 3,      # How often the SDK asks again after a failure that may pass
-        cache_as: str|None = None, # Names the teacher in the cache in place of its URL, for servers whose address changes
+        cache_as: str|None = None, # Its name in the cache in place of the URL, for servers whose address changes
     ):
         self.url = (base_url or self.default_url or '').rstrip('/')
         if not self.url: raise ValueError('give base_url=, e.g. "http://127.0.0.1:8000/v1"')
