@@ -175,6 +175,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'llm_distill/serving/engine.py'),
                                             'llm_distill.serving.engine._SlotLayer.get_mask_sizes': ( 'serving.engine.html#_slotlayer.get_mask_sizes',
                                                                                                       'llm_distill/serving/engine.py'),
+                                            'llm_distill.serving.engine._SlotLayer.get_max_cache_shape': ( 'serving.engine.html#_slotlayer.get_max_cache_shape',
+                                                                                                           'llm_distill/serving/engine.py'),
                                             'llm_distill.serving.engine._SlotLayer.get_max_length': ( 'serving.engine.html#_slotlayer.get_max_length',
                                                                                                       'llm_distill/serving/engine.py'),
                                             'llm_distill.serving.engine._SlotLayer.get_seq_length': ( 'serving.engine.html#_slotlayer.get_seq_length',

@@ -27,7 +27,7 @@ class _Slots:
         self.rows = torch.arange(slots, device=device)
         self.width = 0                                                   # how far the step looks
 
-# %% ../../nbs/10_serving.engine.ipynb #372727c1
+# %% ../../nbs/10_serving.engine.ipynb #812e57da
 class _SlotLayer(CacheLayerMixin):
     "Keys and values of one layer for all slots, (slots, heads, capacity, head_dim), grown in steps."
     step = 256
@@ -37,6 +37,7 @@ class _SlotLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length): return self.slots.width, 0
     def get_seq_length(self): return 0
     def get_max_length(self): return -1
+    def get_max_cache_shape(self): return -1  # the same, as early transformers 5 calls it
 
     def _reserve(self, like, length):
         have = 0 if self.keys is None else self.keys.shape[2]
