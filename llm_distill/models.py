@@ -6,13 +6,14 @@
 __all__ = ['pick_device', 'pick_dtype', 'cache_folder', 'no_progress_bars', 'convert_gguf', 'smollm2', 'find_model',
            'load_tokenizer', 'load_model', 'encode_chat', 'last_hidden', 'fusable_head', 'token_bytes']
 
-# %% ../nbs/01a_models.ipynb #4a57ed83
+# %% ../nbs/01a_models.ipynb #1776a4fd
 import importlib.util
+import io
 import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def no_progress_bars():
     finally:
         if shown: logging.enable_progress_bar()
 
-# %% ../nbs/01a_models.ipynb #63419fb7
+# %% ../nbs/01a_models.ipynb #4979b763
 def convert_gguf(
     gguf: Path,   # A GGUF file with its tokenizer inside
     folder: Path, # Where the Hugging Face folder goes
@@ -69,7 +70,8 @@ def convert_gguf(
     "Turn a GGUF file into an ordinary Hugging Face folder in bfloat16, all or nothing."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    with no_progress_bars(): quantised = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **where)
+    with no_progress_bars(), redirect_stderr(io.StringIO()):  # it has a bar that no setting turns off
+        quantised = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **where)
     config = quantised.config
     if hasattr(config, 'quantization_config'): del config.quantization_config
     # A model that came from GGUF refuses to be saved, dequantised or not: copy its weights into a fresh one.

@@ -122,7 +122,7 @@ def _take_port(host: str, port: int) -> socket.socket:
         raise ServerError(f'cannot listen on {host}:{port} ({e}); choose another port, or 0 for any free one') from e
     return taken
 
-# %% ../../nbs/10_serving.app.ipynb #db4cb340
+# %% ../../nbs/10_serving.app.ipynb #0d22ff97
 def run_server(
     model: str|Path,            # A folder, "smollm2" or a hub name
     host: str = '127.0.0.1',    # Where to listen; the default is for this machine alone
@@ -135,10 +135,10 @@ def run_server(
     "Serve a model until interrupted."
     from llm_distill.models import find_model, load_model, load_tokenizer
     if slots < 1: raise BadInput(f'slots must be 1 or more, not {slots}')
-    place = find_model(model)
     with _take_port(host, port) as taken:
         import uvicorn
         from llm_distill.serving.engine import Engine
+        place = find_model(model)
 
         class Server(uvicorn.Server):
             async def startup(self, sockets=None):
