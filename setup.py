@@ -22,9 +22,8 @@ def lines(key):
 
 class SdistWithSettings(sdist):
     "A source release that carries settings.ini, which this file reads."
-    def add_defaults(self):
-        super().add_defaults()
-        self.filelist.append('settings.ini')
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, [*files, 'settings.ini'])
 
 
 extras = {key.removesuffix('_requirements'): lines(key) for key in cfg if key.endswith('_requirements')}

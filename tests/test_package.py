@@ -8,7 +8,7 @@ from conftest import ROOT
 
 
 def test_a_wheel_from_the_source_release_works_in_a_clean_environment(tmp_path):
-    build = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp_path, ROOT]
+    build = [sys.executable, '-m', 'build', '--outdir', tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True)
     names = tarfile.open(next(tmp_path.glob('*.tar.gz'))).getnames()
     assert any(n.endswith('/settings.ini') for n in names) and any(n.endswith('/LICENSE') for n in names)
