@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'request_key', 'pack_logprobs', 'unpack_logprobs', 'TeacherCache']
 
-# %% ../nbs/03_cache.ipynb #908055ae
+# %% ../nbs/03_cache.ipynb #90409f69
 import hashlib
 import json
 import sqlite3
@@ -14,6 +14,7 @@ import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
+from urllib.request import pathname2url
 
 import numpy as np
 
@@ -56,32 +57,36 @@ _TABLE = '''create table if not exists answer (
     key blob primary key, endpoint text not null, request text not null, sample integer not null,
     reply text not null, logprobs blob, created real not null)'''
 
-# %% ../nbs/03_cache.ipynb #4c164e99
-def _check(path: Path):
-    "Refuse what is not ours, by reading alone."
+# %% ../nbs/03_cache.ipynb #5d658066
+def _refuse(path, why): return CacheError(f'{path} is {why}; it was left untouched: move it away or name another file')
+
+def _is_new(path: Path) -> bool: # Raises `CacheError` for what is not ours or not sound
+    "Whether there is no cache yet; a file is judged by reading alone."
+    if not path.exists() or not path.stat().st_size: return True
+    with path.open('rb') as f:
+        if f.read(16) != b'SQLite format 3\0': raise _refuse(path, 'no cache file')
     try:
-        db = sqlite3.connect(f'file:{_quote(path)}?mode=ro', uri=True)
-        try:
-            pragmas = ('application_id', 'user_version')
-            application, version = (db.execute(f'pragma {name}').fetchone()[0] for name in pragmas)
-            small = path.stat().st_size < 2**26  # the check reads everything; bigger files are judged as they are read
-            sound = db.execute('pragma quick_check(1)').fetchone()[0] if small else 'ok'
-        finally: db.close()
-    except sqlite3.DatabaseError as e:
-        raise CacheError(f'{path} is damaged or no cache file ({e}); '
-                         'it was left untouched: move it away or name another file') from e
-    if application != _APPLICATION:
-        raise CacheError(f'{path} is a database of another program; name another file for the cache')
-    if version != SCHEMA:
-        raise CacheError(f'{path} has cache format {version}, this release reads {SCHEMA}; name another file')
-    if sound != 'ok':
-        raise CacheError(f'{path} is damaged ({sound}); it was left untouched: move it away or name another file')
+        try: found = _look(path, 'ro')
+        except sqlite3.OperationalError: found = _look(path, 'rw')  # SQLite finishes what a killed process had begun
+    except sqlite3.DatabaseError as e: raise _refuse(path, f'damaged ({e})') from e
+    application, version, tables, sound = found
+    if sound != 'ok': raise _refuse(path, f'damaged ({sound})')
+    if (application, version, tables) == (0, 0, 0): return True  # killed before the first commit
+    if application != _APPLICATION: raise _refuse(path, 'a database of another program')
+    if version != SCHEMA: raise _refuse(path, f'of cache format {version}, and this release reads {SCHEMA}')
+    return False
 
-def _quote(path: Path) -> str:
-    from urllib.request import pathname2url
-    return pathname2url(str(path.absolute()))
+def _look(path: Path, mode: str) -> tuple[int, int, int, str]:
+    "Application, version, number of tables and soundness of a database."
+    db = sqlite3.connect(f'file:{pathname2url(str(path.absolute()))}?mode={mode}', uri=True, timeout=60)
+    try:
+        small = path.stat().st_size < 2**26  # the check reads everything; bigger files are judged as they are read
+        questions = ('pragma application_id', 'pragma user_version', 'select count(*) from sqlite_master',
+                     'pragma quick_check(1)' if small else "select 'ok'")
+        return tuple(db.execute(q).fetchone()[0] for q in questions)
+    finally: db.close()
 
-# %% ../nbs/03_cache.ipynb #56b4301a
+# %% ../nbs/03_cache.ipynb #7e2d965b
 class TeacherCache:
     "Answers by request, in one file; may be used from several threads and processes."
     def __init__(
@@ -89,27 +94,34 @@ class TeacherCache:
         path: str|Path, # The file; made if it is not there. Raises `CacheError` for anything but a sound cache
     ):
         self.path, self._lock = Path(path), threading.Lock()
-        if self.path.exists() and self.path.stat().st_size: _check(self.path)
         try:
+            new = _is_new(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            for word in (f'application_id={_APPLICATION}', f'user_version={SCHEMA}',
-                         'journal_mode=wal', 'synchronous=normal'):
-                self._db.execute(f'pragma {word}')
-            self._db.execute(_TABLE)
+            self._db.execute('pragma journal_mode=wal')
+            self._db.execute('pragma synchronous=normal')
+            if new: self._create()
         except (sqlite3.Error, OSError) as e:
             raise CacheError(f'cannot keep a cache at {self.path} ({e}); '
                              'name a file in a folder that can be written') from e
 
+    def _create(self):
+        "Table and marks in one commit: a file is a whole cache or none."
+        marks = f'pragma application_id={_APPLICATION}', f'pragma user_version={SCHEMA}'
+        for line in ('begin immediate', _TABLE, *marks, 'commit'): self._db.execute(line)
+
+    def _row(self, query: str, *values):
+        try:
+            with self._lock: return self._db.execute(query, values).fetchone()
+        except sqlite3.DatabaseError as e: raise _refuse(self.path, f'damaged ({e})') from e
+
     def get(self, key: bytes) -> Completion|None: # None where nobody has asked
         "The answer to a request, marked as cached."
-        try:
-            with self._lock: row = self._db.execute('select reply, logprobs from answer where key=?', (key,)).fetchone()
-        except sqlite3.DatabaseError as e: raise CacheError(f'{self.path} is damaged ({e}); move it away') from e
+        row = self._row('select reply, logprobs from answer where key=?', key)
         if row is None: return None
-        reply, blob = json.loads(row[0]), row[1]
-        return Completion(**reply | {'usage': Usage(**reply['usage']), 'cached': True,
-                                     'logprobs': unpack_logprobs(blob) if blob else None})
+        try: reply, logprobs = json.loads(row[0]), unpack_logprobs(row[1]) if row[1] else None
+        except (ValueError, zlib.error) as e: raise _refuse(self.path, f'damaged ({e})') from e
+        return Completion(**reply | {'usage': Usage(**reply['usage']), 'cached': True, 'logprobs': logprobs})
 
     def put(self, key: bytes, endpoint: str, request: dict, completion: Completion, sample: int = 0) -> None:
         "Keep an answer; returns when it is safe. The first answer to a request stays."
@@ -124,9 +136,8 @@ class TeacherCache:
                              'what it held is safe: free some space and go on') from e
 
     def __len__(self) -> int:
-        with self._lock: return self._db.execute('select count(*) from answer').fetchone()[0]
-    def __contains__(self, key: bytes) -> bool:
-        with self._lock: return self._db.execute('select 1 from answer where key=?', (key,)).fetchone() is not None
+        return self._row('select count(*) from answer')[0]
+    def __contains__(self, key: bytes) -> bool: return self._row('select 1 from answer where key=?', key) is not None
     def close(self) -> None: self._db.close()
     def __enter__(self): return self
     def __exit__(self, *_): self.close()

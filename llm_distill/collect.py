@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Answer', 'read_prompts', 'Answers', 'acollect', 'collect']
 
-# %% ../nbs/04_collect.ipynb #231e1626
+# %% ../nbs/04_collect.ipynb #3eed25a9
 import asyncio
 import json
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cache import TeacherCache, request_key
@@ -69,7 +69,7 @@ class Answers(list):
 
     def __repr__(self) -> str: return f'<{len(self)} answers: {self.asked} asked, {self.from_cache} from the cache>'
 
-# %% ../nbs/04_collect.ipynb #f19cc0b2
+# %% ../nbs/04_collect.ipynb #690d922f
 async def acollect(
     prompts: Iterable[str|list|dict], # Questions, conversations, or records with either
     teacher: Teacher,                 # Whom to ask
@@ -83,6 +83,7 @@ async def acollect(
     "Ask what is missing, from a coroutine."
     cache_is_ours = not isinstance(cache, TeacherCache)
     if cache_is_ours: cache = TeacherCache(cache)
+    if concurrency < 1: raise BadInput(f'concurrency must be 1 or more, not {concurrency}')
     stop = stop or threading.Event()
     started = time.perf_counter()
     try:
@@ -95,27 +96,29 @@ async def acollect(
         requests = dict(zip(keys, bodies))
         missing = [k for k in requests if k not in cache]
         usage = await _ask(missing, requests, teacher, cache, concurrency, on_event, stop)
-        answers = {k: cache.get(k) for k in requests}
+        new = set(missing)
+        found = {k: cache.get(k) for k in requests}
+        answers = {k: a and replace(a, cached=k not in new) for k, a in found.items()}
     finally:
-        await teacher.aclose()
         if cache_is_ours: cache.close()
     out = Answers(Answer(m, answers[k], meta) for k, (m, meta) in zip(keys, rows) if answers[k] is not None)
     out.asked, out.usage, out.seconds = len(usage), sum(usage, Usage()), time.perf_counter() - started
     out.from_cache = len(requests) - len(missing)
     return out
 
-# %% ../nbs/04_collect.ipynb #723ba779
+# %% ../nbs/04_collect.ipynb #3083261e
 async def _ask(missing, requests, teacher, cache, concurrency, on_event, stop) -> list[Usage]:
     "Send the missing requests, a few at a time; raises the first error when all in flight have ended."
-    queue, used, total = iter(missing), [], len(requests)
+    queue, used, total, failed = iter(missing), [], len(requests), False
     def report(): on_event and on_event(Event('collect', total - len(missing) + len(used), total, {'asked': len(used)}))
     async def worker():
+        nonlocal failed
         for key in queue:
-            if stop.is_set(): return
+            if failed or stop.is_set(): return
             try:
                 answer = await teacher.asend(requests[key])
                 cache.put(key, teacher.endpoint, requests[key], answer)
-            except BaseException: stop.set(); raise
+            except BaseException: failed = True; raise
             used.append(answer.usage)
             report()
     report()
@@ -124,12 +127,15 @@ async def _ask(missing, requests, teacher, cache, concurrency, on_event, stop) -
         if error is not None: raise error
     return used
 
-# %% ../nbs/04_collect.ipynb #74e1d1ea
+# %% ../nbs/04_collect.ipynb #706462c5
 def collect(prompts: Iterable[str|list|dict], teacher: Teacher, cache: TeacherCache|str|Path, **kwargs) -> Answers:
     "`acollect` for scripts and cells: takes the same arguments and waits for the answers."
-    stop, result = threading.Event(), {}
+    stop, result = kwargs.pop('stop', None) or threading.Event(), {}
+    async def ask():
+        try: return await acollect(prompts, teacher, cache, stop=stop, **kwargs)
+        finally: await teacher.aclose()  # this loop's connections end with it
     def run():
-        try: result['answers'] = asyncio.run(acollect(prompts, teacher, cache, stop=stop, **kwargs))
+        try: result['answers'] = asyncio.run(ask())
         except BaseException as e: result['error'] = e
     thread = threading.Thread(target=run, name='collect', daemon=True)
     thread.start()

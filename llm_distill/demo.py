@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FULL', 'FAST', 'demo_prompts', 'Plan', 'ask_streaming', 'run_demo']
 
-# %% ../nbs/12a_demo.ipynb #afd788a6
+# %% ../nbs/12a_demo.ipynb #03d555ce
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -51,11 +52,16 @@ class Plan:
 
 FULL, FAST = Plan(168, 24, 48, 105, 8), Plan(72, 12, 24, 90, 4)
 
-# %% ../nbs/12a_demo.ipynb #bf33d950
-def _prepare(out: str|Path, price_as: str, prompts: str|Path|None) -> tuple[Path, list[dict]]:
+# %% ../nbs/12a_demo.ipynb #eddfac6d
+def _prepare(out, plan: Plan, price_as: str, seed: int, device: str|None, prompts) -> tuple[Path, list[dict]]:
     "The output folder and the prompts; everything that can be wrong is found here, before any work."
     price(Usage(), price_as)
-    records = demo_prompts() if prompts is None else _with_split(read_prompts(prompts))
+    if not 0 <= seed < 2**32: raise BadInput(f'the seed must be 0 to {2**32 - 1}, not {seed}')
+    kind, _, number = (device or '').partition(':')
+    if number: raise BadInput(f'choose a GPU with CUDA_VISIBLE_DEVICES={number} and --device {kind}')
+    records = plan.choose(demo_prompts() if prompts is None else _with_split(read_prompts(prompts)))
+    if {r['split'] for r in records} != {'train', 'heldout'}:
+        raise BadInput('prompts with a "split" need some of "train" and some of "heldout"')
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,19 +69,21 @@ def _prepare(out: str|Path, price_as: str, prompts: str|Path|None) -> tuple[Path
     except OSError as e: raise BadInput(f'cannot write to {folder} ({e}); choose another folder with --out') from e
     return folder, records
 
-# %% ../nbs/12a_demo.ipynb #5ee4b996
+# %% ../nbs/12a_demo.ipynb #96bb66e8
 def _ask(model, records, plan, cache, device, seed, show):
     "The teacher's answers, from a server in a process of its own by way of the official SDK."
+    from llm_distill.models import fingerprint
     from llm_distill.serving.app import serve
     from llm_distill.teachers.registry import create_teacher
     with serve(model, device=device, slots=32) as server:
-        # The port differs from run to run, so the cache knows the teacher by its model.
-        with create_teacher('openai-compatible', base_url=server.url, cache_as='local', timeout=600) as teacher:
+        # The port differs from run to run, so the cache knows the teacher by its weights.
+        name = fingerprint(model)
+        with create_teacher('openai-compatible', base_url=server.url, cache_as=name, timeout=600) as teacher:
             answers = collect(records, teacher, cache, concurrency=32, on_event=show, logprobs=20, seed=seed,
                               temperature=.7, max_tokens=plan.max_tokens)
             return answers, teacher.model
 
-# %% ../nbs/12a_demo.ipynb #2b2da068
+# %% ../nbs/12a_demo.ipynb #a1107f24
 def _train(student, tokenizer, answers, plan, folder, seed, show):
     "Distil; returns the points of the loss curve."
     from llm_distill.models import pick_dtype
@@ -84,21 +92,25 @@ def _train(student, tokenizer, answers, plan, folder, seed, show):
     config = DistillConfig(str(folder), max_steps=plan.steps, per_device_train_batch_size=plan.batch_size, seed=seed,
                            learning_rate=1e-3, freeze_embeddings=True,
                            use_cpu=student.device.type == 'cpu', bf16=pick_dtype(student.device) == torch.bfloat16)
+    config._n_gpu = min(config.n_gpu, 1)  # several GPUs are for `accelerate launch`, not for a model of this size
     trainer = DistillTrainer(student, config, answers, tokenizer, on_event=show)
     trainer.train()
-    trainer.save_model()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temp:  # a folder is a whole student or none
+        trainer.save_model(str(Path(temp)/'student'))
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(temp)/'student').rename(folder)
     return trainer.curve
 
-# %% ../nbs/12a_demo.ipynb #5b06212f
+# %% ../nbs/12a_demo.ipynb #c426545d
 def _samples(student, tokenizer, answers: list[Answer], max_tokens) -> list[str]:
     from llm_distill.evaluate import write
     return write(student, tokenizer, [a.messages for a in answers], max_tokens)
 
 def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # The whole answer
     "Ask a server one question with the official SDK and say the answer as it comes."
-    from openai import OpenAI
+    from llm_distill.teachers.openai import sdk_client
     answer = ''
-    with OpenAI(base_url=url, api_key='none') as client:
+    with sdk_client(base_url=url) as client:
         model = client.models.list().data[0].id
         for chunk in client.chat.completions.create(model=model, messages=[{'role': 'user', 'content': question}],
                                                     temperature=0, max_tokens=max_tokens, stream=True):
@@ -108,7 +120,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #c8fa1d6b
+# %% ../nbs/12a_demo.ipynb #5f4b1d20
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -121,8 +133,7 @@ def run_demo(
 ) -> dict:                               # The report; raises a `DistillError` or ImportError that says what to do
     "From a teacher to a served student; stopped at any moment, it goes on from the answers that it has."
     started, plan = time.perf_counter(), FAST if fast else FULL
-    folder, records = _prepare(out, price_as, prompts)
-    records = plan.choose(records)
+    folder, records = _prepare(out, plan, price_as, seed, device, prompts)
     with Progress(labels={'collect': 'asking', 'evaluate': 'judging', 'train': 'training'}) as show:
         from llm_distill.cache import TeacherCache
         with TeacherCache(folder/'cache.db') as cache:

@@ -29,7 +29,7 @@ class Scores:
 
     def as_dict(self) -> dict: return asdict(self)
 
-# %% ../nbs/09_evaluate.ipynb #852c26d2
+# %% ../nbs/09_evaluate.ipynb #15a250bf
 @torch.no_grad()
 def _score_batch(model, batch, chunk=256):
     "KL, agreement and negative log-likelihood sums, and the counts that they are divided by."
@@ -44,19 +44,21 @@ def _score_batch(model, batch, chunk=256):
         kl = topk_tail_kl(logits, ids[rows], logprobs[rows])[s].sum()
         same = (logits.argmax(-1) == ids[rows, 0])[s].sum()
         nll = torch.nn.functional.cross_entropy(logits, labels[rows], reduction='sum')
-        sums += torch.stack([kl, same, nll]).double().cpu()
+        sums += torch.stack([kl, same, nll]).cpu().double()
     return sums, int(soft.sum()), len(labels)
 
-# %% ../nbs/09_evaluate.ipynb #f0b78a7c
+# %% ../nbs/09_evaluate.ipynb #86a0ceaa
 def evaluate(
     model,                        # The student, a causal LM
     answers: Sequence[Answer],    # The teacher's answers to held-out prompts, best with logprobs
     tokenizer,                    # The student's
     batch_size: int = 8,          # Answers at a time
+    top_k: int = 20,              # The teacher's alternatives that count
+    max_length: int = 4096,       # Longest conversation in tokens; the rest is cut and counted
     on_event: Listener|None = None, # Told of each batch
 ) -> Scores:                      # Raises `BadInput` where there is nothing to judge by
     "Measure a student against its teacher's answers."
-    was_training, examples = model.training, make_examples(answers, tokenizer)
+    was_training, examples = model.training, make_examples(answers, tokenizer, top_k, max_length)
     model.eval()
     sums, soft, tokens = torch.zeros(3, dtype=torch.float64), 0, 0
     for start in range(0, len(examples), batch_size):
@@ -68,7 +70,7 @@ def evaluate(
     kl, same, nll = sums.tolist()
     return Scores(kl/soft if soft else None, same/soft if soft else None, math.exp(min(nll/tokens, 700)), tokens)
 
-# %% ../nbs/09_evaluate.ipynb #b4b2a203
+# %% ../nbs/09_evaluate.ipynb #362f4cea
 @torch.no_grad()
 def write(
     model,                         # A causal LM
@@ -81,6 +83,9 @@ def write(
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id]*(longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in prompts], device=model.device)
+    was_training = model.training
+    model.eval()
     out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False,
                          pad_token_id=tokenizer.pad_token_id)
+    model.train(was_training)
     return tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)

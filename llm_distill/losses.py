@@ -30,8 +30,8 @@ def topk_tail_kl(
     p_tail, q_tail = tail(p), tail(torch.where(used, q, -torch.inf))
     return shown + p_tail.exp()*(p_tail - q_tail)
 
-# %% ../nbs/06_losses.ipynb #cd1ee28d
-def _chunk(hidden, weight, labels, top_ids, top_logprobs, alpha, beta):
+# %% ../nbs/06_losses.ipynb #3836fe68
+def _chunk(hidden, weight, labels, top_ids, top_logprobs, alpha, beta, with_grad=True):
     "KL and cross-entropy sums of some rows, and the gradient of their mix with respect to the logits (n, V)."
     q = F.linear(hidden, weight).float()
     q -= q.logsumexp(-1, keepdim=True)                     # (n, V) log q
@@ -42,8 +42,13 @@ def _chunk(hidden, weight, labels, top_ids, top_logprobs, alpha, beta):
     kl = torch.where(used, p*(top_logprobs - log_q), 0).sum() + (p_tail.exp()*(p_tail - q_tail)).sum()
     ce = -q.gather(1, labels[:, None]).sum()
     ratio = (p_tail - q_tail).exp()[:, None]               # p_t / q_t
-    grad = q.exp_().mul_(alpha*(1 - ratio) + beta)
-    grad.scatter_add_(1, top_ids, alpha*torch.where(used, log_q.exp()*ratio - p, 0))
+    if not with_grad: return kl, ce, None
+    grad, shown = q.exp_().mul_(alpha*(1 - ratio) + beta), (alpha + beta)*log_q.exp() - alpha*p
+    # The shown tokens are set, not corrected: with a large p_t/q_t the difference would drown in rounding. Places that
+    # are not used repeat the row's first one that is, and so write what is written there anyway.
+    first = used.float().argmax(1, keepdim=True)
+    where, value = (torch.where(used, x, x.gather(1, first)) for x in (top_ids, shown))
+    grad.scatter_(1, where, value)
     grad.scatter_add_(1, labels[:, None], torch.full_like(ratio, -beta))
     return kl, ce, grad
 
@@ -71,7 +76,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden*grad, None if grad_weight is None else (grad_weight*grad).to(ctx.dtype), *[None]*6
 
-# %% ../nbs/06_losses.ipynb #846ebe06
+# %% ../nbs/06_losses.ipynb #3097713b
 def distill_loss(
     hidden: torch.Tensor,       # What the student's head reads, (N, H)
     weight: torch.Tensor,       # The head, (V, H)
@@ -83,4 +88,9 @@ def distill_loss(
     chunk: int = 256,           # Rows whose logits exist at the same time
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The mix, the KL and the cross-entropy, each summed over N, nats
     "Forward KL with its tail mixed with cross-entropy, from hidden states, without ever holding all logits."
-    return _FusedLoss.apply(hidden, weight, labels, top_ids, top_logprobs, alpha, beta, chunk)
+    if torch.is_grad_enabled():
+        return _FusedLoss.apply(hidden, weight, labels, top_ids, top_logprobs, alpha, beta, chunk)
+    rows = zip(*(x.split(chunk) for x in (hidden, labels, top_ids, top_logprobs.float())))
+    sums = [_chunk(h, weight.to(h.dtype), y, i, p, alpha, beta, with_grad=False)[:2] for h, y, i, p in rows]
+    kl, ce = map(sum, zip(*sums))
+    return alpha*kl + beta*ce, kl, ce

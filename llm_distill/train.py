@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'EventCallback', 'DistillTrainer']
 
-# %% ../nbs/08_train.ipynb #d7474eb6
+# %% ../nbs/08_train.ipynb #da316226
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -55,7 +56,7 @@ class EventCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         self.metrics = {k: v for k, v in (logs or {}).items() if k in ('loss', 'kl', 'ce')}
 
-# %% ../nbs/08_train.ipynb #a8cf78da
+# %% ../nbs/08_train.ipynb #47327421
 class DistillTrainer(Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     def __init__(
@@ -73,12 +74,18 @@ class DistillTrainer(Trainer):
         if args.freeze_embeddings:
             for part in (model.get_input_embeddings(), model.get_output_embeddings()): part.requires_grad_(False)
         super().__init__(model, args, train_dataset=examples(train_dataset), eval_dataset=examples(eval_dataset),
-                         data_collator=lambda rows: collate(rows, processing_class.pad_token_id),
+                         data_collator=partial(collate, pad_id=processing_class.pad_token_id),
                          processing_class=processing_class, **kwargs)
         self.model_accepts_loss_kwargs = True  # or num_items_in_batch would not come
         self.curve, self._parts = [], defaultdict(float)
         self.remove_callback(PrinterCallback)  # numbers go to on_event and to `curve`
         if on_event: self.add_callback(EventCallback(on_event))
+
+    def train(self, *args, **kwargs):
+        "As `Trainer.train`; leaves a student that computes in its own precision, ready to be judged."
+        done = super().train(*args, **kwargs)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
+        return done
 
     def save_model(self, *args, **kwargs):
         with no_progress_bars(): super().save_model(*args, **kwargs)
@@ -95,15 +102,16 @@ class DistillTrainer(Trainer):
 
     def _sums(self, model, inputs):
         "The loss, its KL and its cross-entropy summed over the taught tokens, and how many those are."
-        args, taught = self.args, inputs['labels'][:, 1:] != -100
+        args, taught, inner = self.args, inputs['labels'][:, 1:] != -100, self.accelerator.unwrap_model(model)
         labels, ids, logprobs = (inputs[name][:, 1:][taught] for name in ('labels', 'top_ids', 'top_logprobs'))
-        head = fusable_head(self.accelerator.unwrap_model(model))
+        head = fusable_head(inner)
         if head is None:
             text = {name: inputs[name] for name in ('input_ids', 'attention_mask')}
             logits = model(**text, use_cache=False).logits[:, :-1][taught].float()
             kl, ce = topk_tail_kl(logits, ids, logprobs).sum(), F.cross_entropy(logits, labels, reduction='sum')
             return args.alpha*kl + args.beta*ce, kl.detach(), ce.detach(), taught.sum()
-        hidden = last_hidden(model, inputs)[:, :-1][taught]
+        hidden = last_hidden(model, inputs, inner)[:, :-1][taught]
+        if args.bf16: hidden = hidden.bfloat16()  # the head's products too; its sums are in float32
         return *distill_loss(hidden, head, labels, ids, logprobs, args.alpha, args.beta, args.chunk), taught.sum()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

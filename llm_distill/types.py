@@ -21,15 +21,17 @@ class Message(TypedDict):
     role: str     # "system", "user" or "assistant"
     content: str  # What was said
 
-# %% ../nbs/00_types.ipynb #fc195535
+# %% ../nbs/00_types.ipynb #77901fed
 def as_messages(
     prompt: str|list[Message],      # A user's question, or a whole conversation
     system_prompt: str|None = None, # Put in front, unless the conversation has a system message of its own
 ) -> list[Message]:                 # The conversation; raises `BadInput` where there is nothing to ask
     "Turn a prompt into chat messages."
-    messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if not messages or not all(isinstance(m.get('content'), str) and m.get('role') for m in messages):
+    messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
+    def is_message(m): return isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ('role', 'content'))
+    if not isinstance(messages, list|tuple) or not messages or not all(map(is_message, messages)):
         raise BadInput('a prompt is a string or a list of {"role", "content"} messages')
+    messages = [dict(m) for m in messages]
     if not messages[-1]['content'].strip(): raise BadInput('the prompt is empty: give the teacher something to answer')
     if system_prompt and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system_prompt})
@@ -100,7 +102,8 @@ class Event:
 
 Listener = Callable[[Event], None]
 
-# %% ../nbs/00_types.ipynb #081b8031
-def missing_package(name: str, extra: str) -> ImportError: # To be raised
+# %% ../nbs/00_types.ipynb #df8b6379
+def missing_package(what: str, *packages: str) -> ImportError: # To be raised
     "The error for an optional package that is not installed, with the command that installs it."
-    return ImportError(f'{name} is not installed; run: "{sys.executable}" -m pip install "llm_distill[{extra}]"')
+    install = f'"{sys.executable}" -m pip install {" ".join(packages)}'
+    return ImportError(f'{what} needs packages that are not installed; run: {install}')

@@ -59,6 +59,6 @@ def test_a_corrupt_cache_is_left_alone(command, tmp_path, content):
 
 def test_unknown_price_and_device(command, tmp_path):
     one_line(command('demo', '--out', tmp_path, '--price-as', 'nobody'), 'no known price')
-    one_line(command('demo', '--out', tmp_path, '--device', 'cuda:99'), 'no device')
+    one_line(command('demo', '--out', tmp_path, '--device', 'nothing'), 'no device')
 
 

@@ -43,7 +43,7 @@ def killed_and_finished(tmp_path_factory):
     victim = start('--fast', '--out', out)
     deadline = time.monotonic() + 300
     while rows(out/'cache.db') < 5:
-        assert victim.poll() is None and time.monotonic() < deadline, victim.stdout.read()
+        assert victim.poll() is None and time.monotonic() < deadline, 'the demo ended or never asked'
         time.sleep(.05)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
@@ -66,7 +66,7 @@ def test_the_student_learns(killed_and_finished):
     *_, report = killed_and_finished
     before, after = report['before'], report['after']
     assert after['agreement'] >= 3*max(before['agreement'], .01)
-    assert after['kl'] <= before['kl']/2 and after['perplexity'] < before['perplexity']/100
+    assert after['kl'] <= before['kl']/3 and after['perplexity'] < before['perplexity']/100
     assert [p['step'] for p in report['curve']] == sorted(p['step'] for p in report['curve'])
 
 

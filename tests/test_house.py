@@ -68,8 +68,11 @@ def imported(tree):
     "Names of the modules that a syntax tree imports, wherever in it."
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0: yield node.module
-        elif isinstance(node, ast.ImportFrom): yield '.'*node.level + (node.module or '')
+        elif isinstance(node, ast.ImportFrom):
+            home = '.'*node.level + (node.module or '')
+            yield home
+            if home.strip('.') in ('', 'llm_distill'):  # what is imported may itself be a module
+                yield from (f'{home}{"" if home.endswith(".") else "."}{alias.name}' for alias in node.names)
 
 
 def absolute(name, path):

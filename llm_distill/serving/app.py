@@ -61,7 +61,7 @@ async def _unless_gone(request, work):
         task.cancel()
         await asyncio.wait({task})
 
-# %% ../../nbs/10_serving.app.ipynb #7abd45f3
+# %% ../../nbs/10_serving.app.ipynb #395bf6c1
 def create_app(
     engine,             # An `Engine`
     tokenizer,          # The model's tokenizer
@@ -85,7 +85,9 @@ def create_app(
     async def about(): return {'what': 'an OpenAI-compatible server', 'model': model, 'docs': '/docs'}
 
     @app.get('/health')
-    async def health(): return {'status': 'ok', 'model': model}
+    async def health():
+        if engine.ended: return answer({'status': engine.ended, 'model': model}, 503)
+        return {'status': 'ok', 'model': model}
 
     @app.get('/v1/models')
     async def models():
@@ -95,7 +97,8 @@ def create_app(
     async def chat(body: ChatRequest, request: Request):
         if body.model != model:
             return answer(error_body(f'no model {body.model!r} here, only {model!r}', 'model', 'model_not_found'), 404)
-        prompt = encode_chat(tokenizer, [m.as_message() for m in body.messages])
+        try: prompt = encode_chat(tokenizer, [m.as_message() for m in body.messages])
+        except BadInput as e: return answer(error_body(str(e), 'messages'), 400)
         sampling = body.sampling(max(1, min(512, engine.max_context - len(prompt))))
         if len(prompt) + sampling.max_tokens > engine.max_context:
             said = (f'this model takes {engine.max_context} tokens; '
@@ -151,7 +154,7 @@ def run_server(
         try: Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5)).run(sockets=[taken])
         finally: engine.close()
 
-# %% ../../nbs/10_serving.app.ipynb #9c655ad2
+# %% ../../nbs/10_serving.app.ipynb #71b9cee7
 class Server:
     "A server in a process of its own; close it, or use it in a `with`."
     def __init__(self, process, url: str, log: Path): self.process, self.url, self.log = process, url, log
@@ -161,23 +164,27 @@ class Server:
         with suppress(OSError): self.process.stdin.close()
         try: self.process.wait(10)
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
+        self.process.stdout.close()
         with suppress(OSError): self.log.unlink()
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
     def __repr__(self) -> str: return f'Server({self.url!r})'
 
-# %% ../../nbs/10_serving.app.ipynb #25056f02
+# %% ../../nbs/10_serving.app.ipynb #fd194f8c
 def _child() -> None:
     "The server's process: settings come as a line of stdin, the URL or the error goes out as a line of stdout."
     settings = json.loads(sys.stdin.readline())
-    def say(**line): print(json.dumps(line), flush=True)
+    channel = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what libraries print goes to the log
+    def say(**line): print(json.dumps(line), file=channel, flush=True)
     def end_with_parent(): sys.stdin.read(); os._exit(0)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try: run_server(**settings, on_ready=lambda url: say(url=url))
     except (DistillError, ImportError) as e: say(error=str(e), kind=type(e).__name__); os._exit(1)
+    except Exception as e: say(error=f'the model could not be served: {e}', kind='ServerError'); raise
 
-# %% ../../nbs/10_serving.app.ipynb #2f1ab316
+# %% ../../nbs/10_serving.app.ipynb #24961a28
 def serve(
     model: str|Path,         # A folder, "smollm2" or a hub name
     port: int = 0,           # 0 takes any free port
@@ -189,7 +196,8 @@ def serve(
     command = [sys.executable, '-c', 'from llm_distill.serving.app import _child; _child()']
     # A group of its own: an interrupt meant for us must not take away the server while answers are on their way.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=handle, text=True,
-                               start_new_session=os.name == 'posix')
+                               start_new_session=os.name == 'posix',
+                               creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
     os.close(handle)
     server = Server(process, '', Path(log))
     try:

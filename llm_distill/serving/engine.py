@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SlotModel', 'Sampling', 'pick', 'TextStream', 'Piece', 'Engine']
 
-# %% ../../nbs/10_serving.engine.ipynb #a8f8a6e7
+# %% ../../nbs/10_serving.engine.ipynb #8591e547
 import codecs
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class _SlotLayer(CacheLayerMixin):
         self.values[s.rows, :, s.position] = value_states[:, :, 0]
         return self.keys[:, :, :s.width], self.values[:, :, :s.width]
 
-# %% ../../nbs/10_serving.engine.ipynb #622a9102
+# %% ../../nbs/10_serving.engine.ipynb #5cce2aaa
 class SlotModel:
     "A causal LM with a cache of slots: prefill one, step all."
     def __init__(self, model, slots: int):
@@ -93,6 +94,11 @@ class SlotModel:
 
     def free(self, slot: int) -> None: self.slots.position[slot] = 0
 
+    def wipe(self, slot: int) -> None:
+        "Forget what a failed answer left behind: a NaN that is masked out is still a NaN."
+        for layer in self.cache.layers:
+            if layer.keys is not None: layer.keys[slot], layer.values[slot] = 0, 0
+
 # %% ../../nbs/10_serving.engine.ipynb #cb3f78f5
 @dataclass
 class Sampling:
@@ -104,7 +110,7 @@ class Sampling:
     stop: list[str] = field(default_factory=list) # Strings that end the answer and are not part of it
     top_logprobs: int|None = None       # How many alternatives to report; None reports no logprobs
 
-# %% ../../nbs/10_serving.engine.ipynb #70c0ba59
+# %% ../../nbs/10_serving.engine.ipynb #29b1c3ab
 def pick(
     logprobs: torch.Tensor,       # (N, V)
     temperature: torch.Tensor,    # (N, 1), 0 for greedy
@@ -112,16 +118,18 @@ def pick(
     uniform: torch.Tensor,        # (N, 1) random numbers in [0, 1)
 ) -> torch.Tensor:                # (N,) token ids
     "Draw one token a row by inverting the cumulative distribution, all rows in one pass."
-    greedy = temperature[:, 0] == 0
-    if greedy.all(): return logprobs.argmax(-1)
-    p, ids = (logprobs/temperature.clamp_min(1e-4)).softmax(-1), None
-    if (top_p < 1).any():
-        p, ids = p.sort(dim=-1, descending=True, stable=True)
-        p = torch.where(p.cumsum(-1) - p < top_p, p, 0)  # the first token always stays
-    total = p.cumsum(-1)
-    drawn = torch.searchsorted(total, uniform*total[:, -1:], right=True).clamp_max(p.shape[1] - 1)
-    if ids is not None: drawn = ids.gather(1, drawn)
-    return torch.where(greedy, logprobs.argmax(-1), drawn[:, 0])
+    chosen, warm, cut = logprobs.argmax(-1), temperature[:, 0] > 0, top_p[:, 0] < 1
+    # Each row takes the road that its own parameters ask for, so that its neighbours cannot change its answer.
+    for rows, nucleus in ((warm & ~cut, False), (warm & cut, True)):
+        if not rows.any(): continue
+        p, ids = (logprobs[rows]/temperature[rows].clamp_min(1e-4)).softmax(-1), None
+        if nucleus:
+            p, ids = p.sort(dim=-1, descending=True, stable=True)
+            p = torch.where(p.cumsum(-1) - p < top_p[rows], p, 0)  # the first token always stays
+        total = p.cumsum(-1)
+        drawn = torch.searchsorted(total, uniform[rows]*total[:, -1:], right=True).clamp_max(p.shape[1] - 1)
+        chosen[rows] = (drawn if ids is None else ids.gather(1, drawn))[:, 0]
+    return chosen
 
 # %% ../../nbs/10_serving.engine.ipynb #4cf84f57
 class TextStream:
@@ -167,7 +175,9 @@ class _Job:
         if self.sampling.seed is None: self.random.seed()
         else: self.random.manual_seed(self.sampling.seed % 2**63)
 
-# %% ../../nbs/10_serving.engine.ipynb #ac4ac4d7
+# %% ../../nbs/10_serving.engine.ipynb #4a1f9e5d
+_log = logging.getLogger(__name__)
+
 class Engine:
     "Continuous batching over a Hugging Face causal LM."
     def __init__(
@@ -185,7 +195,7 @@ class Engine:
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self.hidden_ids = set(tokenizer.all_special_ids)
         self._waiting, self._active, self._last = deque(), {}, torch.zeros(slots, dtype=torch.long)
-        self._work, self._closed = threading.Condition(), False
+        self._work, self.ended = threading.Condition(), None  # why the engine answers no more
         self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
         self._thread.start()
 
@@ -201,23 +211,33 @@ class Engine:
             raise BadInput(f'this model takes {self.max_context} tokens; {len(prompt)} of prompt and '
                            f'{sampling.max_tokens} of answer are more')
         job = _Job(prompt, sampling, emit)
-        with self._work: self._waiting.append(job); self._work.notify()
+        with self._work:
+            if self.ended: raise ServerError(self.ended)
+            self._waiting.append(job)
+            self._work.notify()
         return job
 
     def cancel(self, job: _Job) -> None: job.cancelled = True
 
     def close(self) -> None:
-        with self._work: self._closed = True; self._work.notify()
+        "End all answers and the thread."
+        with self._work: self.ended = self.ended or 'the engine is closed'; self._work.notify()
         self._thread.join()
 
     @torch.inference_mode()
     def _run(self):
-        while True:
+        while not self.ended:
             with self._work:
-                while not (self._waiting or self._active or self._closed): self._work.wait()
-                if self._closed: return
+                while not (self._waiting or self._active or self.ended): self._work.wait()
             try: self._admit(); self._step()
-            except Exception as e: self._fail(e)
+            except Exception: self._fail()
+        with self._work: jobs = [*self._active.values(), *self._waiting]; self._active.clear(); self._waiting.clear()
+        for job in jobs: self._tell(job, Piece('', finish='error', tokens=job.count))
+
+    def _tell(self, job, piece):
+        "Whoever cannot be told is gone; the others must not suffer."
+        try: job.emit(piece)
+        except Exception: job.cancelled = True
 
     def _admit(self):
         for slot in range(len(self._last)):
@@ -253,7 +273,8 @@ class Engine:
                                           for t, v in zip(ids[i, :k].tolist(), values[i, :k].tolist())]
             piece = self._piece(job, token, float(logprobs[i, token]), top)
             if piece.finish: del self._active[slot]; self.slots.free(slot)
-            job.emit(piece)
+            if piece.finish == 'error': self.slots.wipe(slot)
+            self._tell(job, piece)
 
     def _piece(self, job, token, logprob, top) -> Piece:
         job.count += 1
@@ -264,8 +285,12 @@ class Engine:
         finish = 'stop' if job.text.stopped else 'length' if full else None
         return Piece(text, data, logprob, top, finish, job.count)
 
-    def _fail(self, error):
-        "A model that fails takes down the answers that it was writing, not the engine."
-        for job in self._active.values(): job.emit(Piece('', finish='error', tokens=job.count))
-        for slot in self._active: self.slots.free(slot)
+    def _fail(self):
+        "A model that fails takes down the answers that it was writing, not the engine, if the device still works."
+        _log.exception('the model failed')
+        failed = dict(self._active)
         self._active.clear()
+        for job in failed.values(): self._tell(job, Piece('', finish='error', tokens=job.count))
+        try:
+            for slot in failed: self.slots.free(slot); self.slots.wipe(slot)
+        except Exception as e: self.ended = f'the device failed ({type(e).__name__}); start the server again'
