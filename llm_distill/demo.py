@@ -35,7 +35,7 @@ def _with_split(prompts: list) -> list[dict]:
     records = [p if isinstance(p, dict) else {'prompt': p} for p in prompts]
     return [{'topic': '', 'split': 'heldout' if i % 8 == 7 else 'train'} | r for i, r in enumerate(records)]
 
-# %% ../nbs/12a_demo.ipynb #426370d2
+# %% ../nbs/12a_demo.ipynb #84dc3448
 @dataclass(frozen=True)
 class Plan:
     "How much the demo does."
@@ -50,7 +50,7 @@ class Plan:
         def first(split, n): return [p for p in prompts if p['split'] == split][:n]
         return first('train', self.train) + first('heldout', self.heldout)
 
-FULL, FAST = Plan(168, 24, 48, 105, 8), Plan(72, 12, 24, 90, 4)
+FULL, FAST = Plan(168, 24, 48, 105, 8), Plan(72, 12, 24, 76, 4)
 
 # %% ../nbs/12a_demo.ipynb #eddfac6d
 def _prepare(out, plan: Plan, price_as: str, seed: int, device: str|None, prompts) -> tuple[Path, list[dict]]:
