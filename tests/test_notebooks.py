@@ -21,4 +21,4 @@ def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
     import nbformat
     from nbclient import NotebookClient
     notebook = nbformat.read(tutorial, 4)
-    NotebookClient(notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': tmp_path}}).execute()
+    NotebookClient(notebook, timeout=900, kernel_name='python3', resources={'metadata': {'path': tmp_path}}).execute()
