@@ -11,12 +11,13 @@ import torch
 from llm_distill import DistillConfig, DistillTrainer, collect, create_teacher, demo_prompts, evaluate, load_model
 from llm_distill import load_tokenizer, prune
 from llm_distill.demo import FULL
+from llm_distill.models import find_model, fingerprint
 
 
 def main(cache: str):
     # Everything is in the cache; nobody needs to answer at this address.
     teacher = create_teacher('openai-compatible', 'SmolLM2-135M-Instruct', base_url='http://127.0.0.1:9/v1',
-                             cache_as='local', max_retries=0)
+                             cache_as=fingerprint(find_model('smollm2')), max_retries=0)
     answers = collect(FULL.choose(demo_prompts()), teacher, cache, logprobs=20, seed=0, temperature=.7,
                       max_tokens=FULL.max_tokens)
     train, heldout = ([a for a in answers if a.meta['split'] == s] for s in ('train', 'heldout'))
