@@ -12,10 +12,10 @@ from types import ModuleType
 
 _HOMES = {
     'types': ['Completion', 'DistillError', 'Event', 'Message', 'TokenLogprobs', 'Usage'],
-    'pricing': ['price'],
+    'pricing': ['Budget', 'Price', 'estimate_cost', 'find_price', 'price', 'set_price'],
     'models': ['load_model', 'load_tokenizer'],
-    'teachers.base': ['Teacher'],
-    'teachers.registry': ['create_teacher', 'register_teacher'],
+    'teachers.base': ['Teacher', 'register_teacher'],
+    'teachers.registry': ['create_teacher', 'teacher_settings'],
     'cache': ['TeacherCache'],
     'collect': ['Answer', 'Answers', 'acollect', 'collect', 'read_prompts'],
     'targets': ['make_examples'],

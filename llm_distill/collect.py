@@ -59,17 +59,19 @@ def _record(path, number, line):
     except BadInput as e: raise BadInput(f'{path}, line {number}: {e}') from e
     return record
 
-# %% ../nbs/04_collect.ipynb #209cac10
+# %% ../nbs/04_collect.ipynb #7a361a83
 class Answers(list):
     "A list of `Answer`, in the order of the prompts, with what it took to get them."
     asked: int = 0             # Requests sent in this run
     from_cache: int = 0        # Answers that were there
     usage: Usage = Usage()     # Tokens of the requests sent in this run
+    usd: float|None = None     # What they cost at today's price; None where the price is not known
+    manifest: dict = {}        # What there is to say about the teacher: model, price, terms, statistics
     seconds: float = 0.
 
     def __repr__(self) -> str: return f'<{len(self)} answers: {self.asked} asked, {self.from_cache} from the cache>'
 
-# %% ../nbs/04_collect.ipynb #690d922f
+# %% ../nbs/04_collect.ipynb #48c3fe90
 async def acollect(
     prompts: Iterable[str|list|dict], # Questions, conversations, or records with either
     teacher: Teacher,                 # Whom to ask
@@ -104,13 +106,19 @@ async def acollect(
     out = Answers(Answer(m, answers[k], meta) for k, (m, meta) in zip(keys, rows) if answers[k] is not None)
     out.asked, out.usage, out.seconds = len(usage), sum(usage, Usage()), time.perf_counter() - started
     out.from_cache = len(requests) - len(missing)
+    out.manifest = teacher.manifest()
+    try: out.usd = sum(teacher.price.usd(u) for u in usage)
+    except BadInput: pass  # nobody knows
     return out
 
-# %% ../nbs/04_collect.ipynb #3083261e
+# %% ../nbs/04_collect.ipynb #af0c16f7
 async def _ask(missing, requests, teacher, cache, concurrency, on_event, stop) -> list[Usage]:
     "Send the missing requests, a few at a time; raises the first error when all in flight have ended."
     queue, used, total, failed = iter(missing), [], len(requests), False
-    def report(): on_event and on_event(Event('collect', total - len(missing) + len(used), total, {'asked': len(used)}))
+    paid = teacher.stats.usd or 0.
+    def report():
+        cost = {'usd': teacher.stats.usd - paid} if teacher.stats.usd else {}
+        if on_event: on_event(Event('collect', total - len(missing) + len(used), total, {'asked': len(used)} | cost))
     async def worker():
         nonlocal failed
         for key in queue:

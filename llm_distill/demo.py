@@ -101,16 +101,17 @@ def _train(student, tokenizer, answers, plan, folder, seed, show):
         (Path(temp)/'student').rename(folder)
     return trainer.curve
 
-# %% ../nbs/12a_demo.ipynb #c426545d
+# %% ../nbs/12a_demo.ipynb #ff5daac0
 def _samples(student, tokenizer, answers: list[Answer], max_tokens) -> list[str]:
     from llm_distill.evaluate import write
     return write(student, tokenizer, [a.messages for a in answers], max_tokens)
 
 def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # The whole answer
     "Ask a server one question with the official SDK and say the answer as it comes."
-    from llm_distill.teachers.openai import sdk_client
+    from llm_distill.teachers.keys import ApiKey
+    from llm_distill.teachers.wire import sdk_client
     answer = ''
-    with sdk_client(base_url=url) as client:
+    with sdk_client('openai', url, ApiKey(), timeout=600) as client:
         model = client.models.list().data[0].id
         for chunk in client.chat.completions.create(model=model, messages=[{'role': 'user', 'content': question}],
                                                     temperature=0, max_tokens=max_tokens, stream=True):
@@ -120,7 +121,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #5f4b1d20
+# %% ../nbs/12a_demo.ipynb #1ea858e7
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -171,7 +172,7 @@ def run_demo(
         'before': before.as_dict(), 'after': after.as_dict(), 'asked': answers.asked, 'from_cache': answers.from_cache,
         'seconds': round(time.perf_counter() - started, 1), 'student': str((folder/'student').resolve()),
         'teacher': name, 'layers': f'{student.config.num_hidden_layers} of {layers}', 'device': device,
-        'seed': seed, 'top_k': 20, 'fast': fast, 'version': llm_distill.__version__, 'curve': curve,
+        'teacher_manifest': answers.manifest, 'seed': seed, 'top_k': 20, 'fast': fast, 'version': llm_distill.__version__, 'curve': curve,
         'price': {'model': price_as, 'usd': price(tokens, price_as, len(answers)),
                   'prompt_tokens': tokens.prompt_tokens, 'completion_tokens': tokens.completion_tokens},
         'samples': [{'prompt': a.prompt, 'teacher': a.text, 'before': b, 'after': c}

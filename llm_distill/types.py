@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Listener', 'Message', 'as_messages', 'DistillError', 'BadInput', 'NoSuchModel', 'CacheError', 'ServerError',
-           'TeacherError', 'MissingKey', 'TeacherTimeout', 'TeacherUnreachable', 'TeacherRefused', 'Usage',
-           'TokenLogprobs', 'Completion', 'Event', 'missing_package']
+           'BudgetSpent', 'TeacherError', 'TeacherTimeout', 'TeacherUnreachable', 'TeacherBusy', 'BadReply',
+           'TeacherRefused', 'QuotaSpent', 'MissingKey', 'NotGiven', 'Usage', 'TokenLogprobs', 'Completion', 'Event',
+           'missing_package']
 
 # %% ../nbs/00_types.ipynb #2497b2b0
 import sys
@@ -37,32 +38,47 @@ def as_messages(
         messages.insert(0, {'role': 'system', 'content': system_prompt})
     return messages
 
-# %% ../nbs/00_types.ipynb #6a1c94de
+# %% ../nbs/00_types.ipynb #827332e1
 class DistillError(Exception): "Something that this package can explain; the message says what to do next."
 class BadInput(DistillError, ValueError): "An argument, a file or a prompt that cannot be used."
 class NoSuchModel(DistillError, FileNotFoundError): "A model folder or name that leads nowhere."
 class CacheError(DistillError): "A cache file that cannot be used; it was left untouched."
 class ServerError(DistillError): "A server that could not be started or has stopped."
-class TeacherError(DistillError): "The teacher did not answer."
-class MissingKey(TeacherError, ValueError): "No API key was given."
-class TeacherTimeout(TeacherError, TimeoutError): "The teacher took too long."
-class TeacherUnreachable(TeacherError, ConnectionError): "Nothing answers at the teacher's address."
-class TeacherRefused(TeacherError, ValueError): "The teacher will not answer this request, however often it is asked."
+class BudgetSpent(DistillError): "The next request could cost more than is left of the budget."
 
-# %% ../nbs/00_types.ipynb #a2461a48
+# %% ../nbs/00_types.ipynb #45bf8f1f
+class TeacherError(DistillError):
+    "The teacher did not answer."
+    passes = False                 # Whether asking again may help
+    charged = False                # Whether it may have been paid for all the same
+    status: int|None = None        # Of HTTP, where there was one
+    wait_s: float|None = None      # What the provider asks to wait
+
+class TeacherTimeout(TeacherError, TimeoutError): "The teacher took too long."; charged = True
+class TeacherUnreachable(TeacherError, ConnectionError): "No connection to the teacher, or it broke."; passes = True
+class TeacherBusy(TeacherError): "The teacher is overloaded or asks for fewer requests."; passes = True
+class BadReply(TeacherError, ValueError): "The teacher sent something that is no answer."; charged = True
+class TeacherRefused(TeacherError, ValueError): "The teacher will not answer this request, however often it is asked."
+class QuotaSpent(TeacherRefused): "The account has no credit left."
+class MissingKey(TeacherError, ValueError): "No API key was given."
+class NotGiven(TeacherError, NotImplementedError): "This teacher cannot say that; the message names those that can."
+
+# %% ../nbs/00_types.ipynb #94317389
 @dataclass(frozen=True)
 class Usage:
     "What a request was charged for, in tokens."
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int = 0      # Of the question, those below included
+    completion_tokens: int = 0  # Of the answer, thinking included
+    cached_tokens: int = 0      # Of the question, those that the provider had in its own prompt cache and sells cheaper
 
     @property
     def total_tokens(self) -> int: return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: 'Usage') -> 'Usage':
-        return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
+        return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens,
+                     self.cached_tokens + other.cached_tokens)
 
-# %% ../nbs/00_types.ipynb #2acee246
+# %% ../nbs/00_types.ipynb #8a06c25b
 @dataclass
 class TokenLogprobs:
     "The teacher's view of its own answer, one row a token; natural logarithms."
@@ -70,6 +86,7 @@ class TokenLogprobs:
     logprobs: np.ndarray            # Log-probability of each, (T,)
     top_tokens: list[list[bytes]]   # The k likeliest tokens at each place, likeliest first
     top_logprobs: list[np.ndarray]  # Their log-probabilities, T arrays of (k,)
+    top_ids: list[np.ndarray]|None = None # Their ids in the teacher's own vocabulary, where it tells, T arrays of (k,)
 
     def __len__(self) -> int: return len(self.tokens)
 
