@@ -63,7 +63,7 @@ def request_size(
     answers = max(request.get('n') or 1, request.get('best_of') or 1)
     return Size(prompt, None if longest is None else longest*answers)
 
-# %% ../../nbs/02_teachers.asking.ipynb #36d21a35
+# %% ../../nbs/02_teachers.asking.ipynb #220286fe
 _turn: ContextVar[Turn|None] = ContextVar('turn', default=None)
 _log = logging.getLogger('llm_distill')
 _told: set = set()  # whose terms were shown
@@ -107,9 +107,9 @@ class Asking:
         if training == 'restricted':
             warnings.warn(f'the terms of {who} restrict training models on its answers, see {source}', TermsNotice, 2)
 
-    def heard(self, headers) -> None:
+    def heard(self, headers, refused: bool = False) -> None:
         "For `attempt`: the headers of a reply, which may tell of limits."
-        if turn := _turn.get(): self.rate.learn(headers, turn)
+        if turn := _turn.get(): self.rate.learn(headers, turn, refused)
 
     async def persist(
         self,

@@ -19,17 +19,21 @@ from .background import run
 from .rate import RateControl
 from ..types import BadInput, Completion, Message, NotGiven, TeacherError, as_messages
 
-# %% ../../nbs/02_teachers.base.ipynb #de0f786f
+# %% ../../nbs/02_teachers.base.ipynb #96bfb2b6
 KNOBS = ('temperature', 'max_tokens', 'top_p', 'top_k', 'seed', 'stop', 'logprobs')  # may be set once for all requests
 WHO = {'top_logprobs': 'OpenAI models that do not reason, DeepSeek without thinking, vLLM, SGLang, llama.cpp, a local model',
        'prompt_logprobs': 'a local model, vLLM, SGLang, servers whose completions know echo and logprobs',
        'logits': 'a local model, a custom REST service with /logits'}
+
+_ELSEWHERE = {'max_workers': 'others: concurrency= of generate_batch or collect', 'concurrency': 'the teacher, of generate_batch or of collect',
+              **dict.fromkeys(('timeout', 'max_retries', 'retry_delay', 'api_key', 'base_url'), 'the teacher')}
 
 class Teacher(Asking, ABC):
     "Something that answers."
     model: str                  # The model's name at its provider
     endpoint: str               # What names this teacher in the cache, together with `model`
     gives: frozenset[str] = frozenset({'text'}) # Subset of {"text", "top_logprobs", "prompt_logprobs", "logits"}
+    reads_ids = False           # Whether `score` also takes token ids
     max_logprobs: int|None = None # The largest k of top-k logprobs; None: not known
     defaults: dict = {}
     card = None                 # What `probe` found
@@ -67,6 +71,7 @@ class Teacher(Asking, ABC):
 
     def request(self, messages: list[Message], **params) -> dict:
         "The body that would be sent, the teacher's own settings included."
+        for name in params.keys() & _ELSEWHERE: raise BadInput(f'{name}= is no parameter of a request, but of {_ELSEWHERE[name]}')
         return self.body(messages, **self.defaults | {k: v for k, v in params.items() if v is not None})
 
     async def asend(self, request: dict) -> Completion:
@@ -83,6 +88,7 @@ class Teacher(Asking, ABC):
         **params,                       # max_tokens, temperature, top_p, seed, stop, logprobs=k (top-k at each token), ...
     ) -> Completion:                    # Raises a `TeacherError` that says what to do
         "Ask once."
+        if params.get('n', 1) != 1: raise BadInput('n=: one call gives one answer; ask as often as you want answers')
         return await self.asend(self.request(as_messages(prompt, system_prompt), **params))
 
     async def generate_text_async(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CompatibleTeacher', 'VLLMTeacher', 'SGLangTeacher']
 
-# %% ../../nbs/02_teachers.compatible.ipynb #a5dd8cfa
+# %% ../../nbs/02_teachers.compatible.ipynb #14a84a47
 import numpy as np
 from msgspec import Struct
 
@@ -76,13 +76,27 @@ def _read_echo(data: bytes, teacher: str, text: str|list[int]) -> Completion|Non
     answer.logprobs = TokenLogprobs(rows.tokens[:n], rows.logprobs[:n], rows.top_tokens[:n], rows.top_logprobs[:n])
     return answer
 
-# %% ../../nbs/02_teachers.compatible.ipynb #ac0510a2
+# %% ../../nbs/02_teachers.compatible.ipynb #ab6d5b92
+_BEFORE, _CHECK = 'One two three four five', 'One two three four five six seven'
+
+def _agrees(scored: TokenLogprobs, written: TokenLogprobs|None) -> bool:
+    "Whether the score of `_CHECK` expects after `_BEFORE` what the server writes there; True where that cannot be seen."
+    ends = np.cumsum([len(t) for t in scored.tokens]) - b''.join(scored.tokens).find(_BEFORE.encode()) - len(_BEFORE)
+    if written is None or not len(written) or 0 not in ends[:-1]: return True
+    place = list(ends).index(0) + 1
+    here, there = (dict(zip(r.top_tokens[i], r.top_logprobs[i])) for r, i in ((scored, place), (written, 0)))
+    shared = here.keys() & there.keys()
+    return bool(shared) and max(here, key=here.get) == max(there, key=there.get) \
+        and float(np.median([abs(here[t] - there[t]) for t in shared])) < .2
+
+# %% ../../nbs/02_teachers.compatible.ipynb #023b6125
 @register_teacher('openai-compatible', 'llama.cpp', 'ollama')
 class CompatibleTeacher(OpenAITeacher):
     "Any server that speaks the OpenAI protocol."
     provider, default_url, key_variable, needs_key = None, None, 'OPENAI_COMPATIBLE_API_KEY', False
-    max_logprobs = None   # for the server to say
+    max_logprobs, reads_ids = None, True  # how large a k, is for the server to say
     scoring = ('vllm', 'sglang', 'echo')  # ways to try; after the first success, the one that works
+    _checked = False
 
     async def _score_vllm(self, text, top_k):
         request = {'model': self.model, 'prompt': text, 'max_tokens': 1, 'prompt_logprobs': top_k}
@@ -103,12 +117,22 @@ class CompatibleTeacher(OpenAITeacher):
         request = {'model': self.model, 'prompt': text, 'max_tokens': 1, 'echo': True, 'logprobs': top_k, 'temperature': 0}
         return _read_echo(await self.wire.post('/completions', request, self.heard), self.model, text)
 
+    async def _check(self, way) -> None:
+        scored = await getattr(self, f'_score_{way}')(_CHECK, 5)
+        if scored is None: raise TeacherRefused(f'{self.url} leaves the logprobs of the text out')
+        request = {'model': self.model, 'prompt': _BEFORE, 'max_tokens': 1, 'logprobs': 5, 'temperature': 0}
+        try: written = text_completions(await self.wire.post('/completions', request, self.heard), self.model)[0].logprobs
+        except (TeacherRefused, BadReply): return
+        if not _agrees(scored.logprobs, written):
+            raise TeacherRefused(f'{self.url} gives logprobs of the text that belong to other places')
+
     async def ascore(self, text: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, by the first way that this server really knows; raises `NotGiven`."
         if not text: raise BadInput('there is nothing to score: give a text or token ids')
         size = Size(len(text.encode()) if isinstance(text, str) else len(text), 1)
         for way in self.scoring:
             async def attempt(way=way):
+                if not self._checked: await self._check(way)
                 answer = await getattr(self, f'_score_{way}')(text, top_k)
                 if answer is None: raise TeacherRefused(f'{self.url} leaves the logprobs of the text out')
                 answer.text = text if isinstance(text, str) else \
@@ -118,8 +142,9 @@ class CompatibleTeacher(OpenAITeacher):
             except (TeacherRefused, BadReply) as e:  # this server does not know this way
                 if e.status in (401, 402, 403): raise
                 continue
-            self.scoring, self.gives = (way,), self.gives | {'prompt_logprobs'}
+            self.scoring, self.gives, self._checked = (way,), self.gives | {'prompt_logprobs'}, True
             return answer
+        self.gives -= {'prompt_logprobs'}
         raise self.not_given('prompt_logprobs')
 
 # %% ../../nbs/02_teachers.compatible.ipynb #28c9785f

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['LocalTeacher']
 
-# %% ../../nbs/02_teachers.local.ipynb #cca2256c
+# %% ../../nbs/02_teachers.local.ipynb #5081d67d
 import asyncio
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..models import encode_chat, find_model, fingerprint, load_model, load_tokenizer, token_bytes
 from ..pricing import Price
 from .base import Teacher, register_teacher
-from ..types import BadInput, Completion, Message, TokenLogprobs, Usage
+from .logits import score_rows, top_k_rows
+from ..types import BadInput, Completion, Message, Usage
 
-# %% ../../nbs/02_teachers.local.ipynb #7a5204f5
+# %% ../../nbs/02_teachers.local.ipynb #857a85be
 class _Stop(StoppingCriteria):
     "Ends a generation when its caller has gone, or when one of the strings is there."
     def __init__(self, gone: threading.Event, decode, strings: list[str]):
@@ -29,22 +29,6 @@ class _Stop(StoppingCriteria):
     def __call__(self, ids, scores, **kwargs):
         ends = self.gone.is_set() or (self.strings and any(s in self.decode(ids[0]) for s in self.strings))
         return torch.full((len(ids),), bool(ends), device=ids.device)
-
-def _top_k(
-    logits: torch.Tensor,   # (T, V)
-    chosen: torch.Tensor,   # (T,) token ids
-    k: int,
-    names: list[bytes],     # The bytes of each token
-) -> TokenLogprobs:
-    "Exact logprobs, before any temperature."
-    logp = logits.float().log_softmax(-1)
-    top = logp.topk(min(k, logp.shape[-1]), -1)
-    values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
-    own = logp.gather(-1, chosen.to(logp.device)[:, None])[:, 0].cpu().numpy()
-    return TokenLogprobs([_name(names, i) for i in chosen.tolist()], own, [[_name(names, i) for i in row] for row in ids],
-                         list(values), list(ids))
-
-def _name(names, i) -> bytes: return names[i] if i < len(names) else b''  # a padded vocabulary has nameless ids
 
 @contextmanager
 def _seeded(seed: int|None, device: torch.device):
@@ -55,11 +39,11 @@ def _seeded(seed: int|None, device: torch.device):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/02_teachers.local.ipynb #29753925
+# %% ../../nbs/02_teachers.local.ipynb #ac493f4a
 @register_teacher('local')
 class LocalTeacher(Teacher):
     "A causal language model in this process."
-    gives = frozenset({'text', 'top_logprobs', 'prompt_logprobs', 'logits'})
+    gives, reads_ids = frozenset({'text', 'top_logprobs', 'prompt_logprobs', 'logits'}), True
 
     def __init__(
         self,
@@ -123,7 +107,7 @@ class LocalTeacher(Teacher):
         done = new[-1].item() in ends
         spoken = new[:-1] if done else new
         cut = min((i for i in (text.find(s) for s in stop) if i >= 0), default=None)
-        rows = _top_k(torch.cat(out.logits)[:len(spoken)], spoken, k, self.names) if k and len(spoken) else None
+        rows = top_k_rows(torch.cat(out.logits)[:len(spoken)], spoken, k, self.names) if k and len(spoken) else None
         return Completion(text[:cut], 'stop' if done or cut is not None else 'length', Usage(len(prompt), len(new)),
                           self.model, rows)
 
@@ -148,9 +132,6 @@ class LocalTeacher(Teacher):
     async def ascore(self, text: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, exact."
         ids = self.encode(text)
-        rows = _top_k((await asyncio.to_thread(self._forward, ids))[:-1], torch.tensor(ids[1:], dtype=torch.long), top_k, self.names)
-        none = np.zeros(0, np.float32)
-        rows = TokenLogprobs([_name(self.names, ids[0]), *rows.tokens], np.append(np.float32(np.nan), rows.logprobs),
-                             [[], *rows.top_tokens], [none, *rows.top_logprobs], [none.astype(np.int64), *rows.top_ids])
+        rows = score_rows(await asyncio.to_thread(self._forward, ids), ids, top_k, self.names)
         said = text if isinstance(text, str) else self.tokenizer.decode(ids)
         return Completion(said, 'stop', Usage(len(ids), 0), self.model, rows)

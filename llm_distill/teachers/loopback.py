@@ -47,7 +47,7 @@ def _logits(body: dict) -> dict:
 
 _ROUTES = {'/v1/chat/completions': _chat, '/v1/messages': _message, '/generate': _text, '/logits': _logits}
 
-# %% ../../nbs/02_teachers.loopback.ipynb #17d14d8a
+# %% ../../nbs/02_teachers.loopback.ipynb #5b015f1e
 class LoopbackProvider:
     "A provider on 127.0.0.1, in a thread of this process: OpenAI's chat, Anthropic's messages and a REST service with logits."
     def __init__(
@@ -63,7 +63,8 @@ class LoopbackProvider:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def __enter__(self): return self
-    def __exit__(self, *_): self._server.shutdown(); self._server.server_close()
+    def __exit__(self, *_): self.close()
+    def close(self) -> None: self._server.shutdown(); self._server.server_close()
 
     def answer(self, path: str, body: dict, authorization: str) -> tuple[int, dict]:
         "The status and the JSON for one request."

@@ -41,7 +41,7 @@ def drop(model: str, params: dict, names, why: str) -> None:
         _warned.add((model, *dropped))
         warnings.warn(f'{model} {why}: {", ".join(dropped)} left out', stacklevel=2)
 
-# %% ../../nbs/02_teachers.openai.ipynb #bc31b763
+# %% ../../nbs/02_teachers.openai.ipynb #ed159017
 @register_teacher('openai')
 class OpenAITeacher(Teacher):
     "A teacher behind the OpenAI protocol."
@@ -64,7 +64,6 @@ class OpenAITeacher(Teacher):
         self.wire = Wire(base_url or self.default_url or '', key, timeout=options.get('timeout', 60))
         self.url, self.extra = self.wire.url, extra or {}
         super().__init__(model or '', cache_as or self.url, **options)
-        if base_url and self.provider and base_url.rstrip('/') != self.default_url: self.provider = None
         self.model = model or run(self._first_model())
         self.api = api or (api_for(self.model) if self.default_url else 'chat')
         if not self._logprobs_limit(): self.gives = frozenset({'text'})

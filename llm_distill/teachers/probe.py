@@ -113,14 +113,14 @@ async def _scores(teacher) -> bool:
     except NotGiven: return False
     return bool(np.isfinite(scored.logprobs[1:]).all())
 
-# %% ../../nbs/02_teachers.probe.ipynb #6b48437f
+# %% ../../nbs/02_teachers.probe.ipynb #c1243aae
 async def probe(
     teacher,      # Any `Teacher`; its `gives` and `max_logprobs` become what was found
 ) -> Card:        # Raises a `TeacherError` where it does not answer at all
     "Find out what a teacher really does."
     asker = _Asker(teacher)
     k, answer = await _largest_k(asker)
-    with_bytes = bool(re.search(rb'"bytes":\s*\[', asker.raw))
+    with_bytes = bool(re.search(rb'"bytes":\s*\[', asker.raw)) if asker.raw else k > 0
     if answer is None:
         found = await asker.ask()
         if isinstance(found, str): raise BadReply(f'{teacher} refuses a plain question: there is nothing to find out')

@@ -57,57 +57,78 @@ def read_limits(
             if limit > 0 and reset is not None: found[kind] = limit, remaining, reset; break
     return found
 
-# %% ../../nbs/02_teachers.rate.ipynb #72c8c6f6
+# %% ../../nbs/02_teachers.rate.ipynb #9fb556d5
 class Bucket:
     "What a provider will still let in of one kind, as far as its headers tell."
     def __init__(self, learns_scale: bool):
-        self.limit, self.remaining, self.at, self.refill, self.end = math.inf, math.inf, -math.inf, 0., 0.
-        self.sent, self.ours, self.scale = deque(), 0., 1.  # what was sent since, its sum, their charge for one of ours
-        self._period, self._learns = 60., learns_scale
+        self.limit, self.remaining, self.refill, self.size = math.inf, math.inf, 0., math.inf
+        self.asked, self.at, self.end = -math.inf, 0., 0.  # when the newest view was asked for, came, and all is back
+        self.sent, self.ours = deque(), 0.     # [when, cost] of what was sent since, and the sum of the costs
+        self.scale = 1.                        # what they charge for one of ours
+        self._theirs, self._counted = 0., 0.   # sums behind it, with the older ones fading
+        self._anchor, self._most, self._learns = None, 0., learns_scale
 
-    def learn(self, limit: float, remaining: float, reset: float, sent_at: float) -> None:
+    def learn(self, limit: float, remaining: float, reset: float, sent_at: float, now: float) -> None:
         "Take over what the reply to a request that was sent at `sent_at` says."
-        if sent_at < self.at: return  # an older view, overtaken by a newer one
-        self._learn_scale(remaining, sent_at)
-        used = limit - remaining
-        period = reset*limit/used if used > 0 else 0.
-        steady = any(abs(period - known) <= .1*known + limit/max(used, 1)*.05 for known in (self._period, 60.))
-        self.refill = limit/(self._period if not period else period) if steady or not used else 0.
-        if period: self._period = period
-        self.limit, self.remaining, self.at, self.end = limit, remaining, sent_at, sent_at + reset
+        if sent_at < self.asked: return  # an older view, overtaken by a newer one
+        if self._anchor is None: self._anchor, self.refill, self.size = (remaining, reset), limit/60, remaining
+        self._learn_scale(remaining, sent_at, now)
+        self._learn_refill(limit, remaining, reset)
+        self.limit, self.remaining, self.asked, self.at, self.end = limit, remaining, sent_at, now, now + reset
+        self._most = max(self._most, remaining)
+        self.size = remaining + self.refill*reset if self.refill else self._most
         while self.sent and self.sent[0][0] <= sent_at: self.sent.popleft()
         self.ours = sum(cost for _, cost in self.sent)
 
-    def _learn_scale(self, remaining, sent_at):
+    def _learn_refill(self, limit, remaining, reset):
+        less, longer = self._anchor[0] - remaining, reset - self._anchor[1]
+        if abs(less) < max(3., .02*limit): return
+        rate = less/longer if longer else 0.
+        usual = limit/60  # most limits are for a minute
+        fills = rate > 0 and remaining + rate*reset < 1.5*limit  # else it would hold more than the limit
+        self.refill = 0. if not fills else usual if abs(rate/usual - 1) < .2 else rate
+        self._anchor = remaining, reset
+
+    def _learn_scale(self, remaining, sent_at, now):
         ours = sum(cost for at, cost in self.sent if at <= sent_at)
-        if not self._learns or not ours or remaining >= .99*self.limit or math.isinf(self.limit): return
-        theirs = self.remaining + self.refill*(sent_at - self.at) - remaining
-        weight = min(.3, ours*self.scale/self.limit*10)
-        self.scale += weight*(min(20., max(.02, theirs/ours)) - self.scale)
+        if not self._learns or not ours or remaining >= .99*self.size or math.isinf(self.limit): return
+        # Requests overtake each other on the way, so single charges mislead; in the sums that cancels out.
+        self._theirs = .98*self._theirs + self.remaining + self.refill*(now - self.at) - remaining
+        self._counted = .98*self._counted + ours
+        self.scale = 1.03*min(20., max(.02, self._theirs/self._counted))
 
     def free(self, now: float) -> float:
         "What could be sent now."
         ours = self.scale*self.ours
-        if not self.refill: return (self.limit if now >= self.end else self.remaining) - ours
-        return min(self.limit, self.remaining + self.refill*(now - self.at)) - ours
+        if self.refill: return min(self.size, self.remaining + self.refill*(now - self.at)) - ours
+        # A new window, they say. A few requests go ahead and see whether it has really begun for all that was used.
+        return self.remaining - ours if now < self.end else max(.1*self.size - ours, 0. if ours else self.size)
 
     def ready(self, cost: float, now: float) -> float:
         "When a request of this cost may go."
         if math.isinf(self.limit): return now
-        missing = min(cost*self.scale, self.limit) - self.free(now)
+        missing = min(cost*self.scale + .01*self.size, self.size) - self.free(now)  # some overtake each other on the way
         if missing <= 0: return now
         return now + missing/self.refill if self.refill else max(self.end, now + .1)
 
-    def take(self, cost: float, now: float) -> None:
-        self.sent.append((now, cost))
+    def take(self, cost: float, now: float) -> list: # What `give_back` takes
+        entry = [now, cost]
+        self.sent.append(entry)
         self.ours += cost
         if math.isinf(self.limit) and len(self.sent) > 1024: self.ours -= self.sent.popleft()[1]
+        return entry
 
-# %% ../../nbs/02_teachers.rate.ipynb #589744a0
+    def give_back(self, entry: list) -> None:
+        "A request was refused, so it was not charged for."
+        if entry[0] > self.asked: self.ours -= entry[1]
+        entry[1] = 0.
+
+# %% ../../nbs/02_teachers.rate.ipynb #d376b68d
 @dataclass
 class Turn:
     "A request that was let through."
-    sent_at: float  # time.monotonic()
+    sent_at: float                 # time.monotonic()
+    costs: dict[str, list]         # What it took of each bucket
 
 class RateControl:
     "Lets requests through as fast as the provider takes them; may be shared by threads and loops."
@@ -140,11 +161,11 @@ class RateControl:
             while True:
                 changed.clear()
                 wait = self._try(costs)
-                if wait <= 0: return Turn(time.monotonic())
+                if isinstance(wait, Turn): return wait
                 try: await asyncio.wait_for(changed.wait(), min(wait, 1.))
                 except (TimeoutError, asyncio.TimeoutError): pass
 
-    def _try(self, costs) -> float: # 0 where the request was let through, else seconds to wait
+    def _try(self, costs) -> Turn|float: # A turn, or seconds to wait
         with self._lock:
             now = time.monotonic()
             if self.in_flight >= max(1, int(self.limit)): return math.inf
@@ -152,16 +173,16 @@ class RateControl:
             if ready > now: return ready - now
             self.in_flight += 1
             self._next = max(now, self._next) + 1/self.pace
-            for kind, bucket in self._buckets.items(): bucket.take(costs[kind], now)
-            return 0.
+            return Turn(now, {kind: bucket.take(costs[kind], now) for kind, bucket in self._buckets.items()})
 
-    def learn(self, headers, turn: Turn) -> None:
+    def learn(self, headers, turn: Turn, refused: bool = False) -> None:
         "Read the limits in a reply's headers."
         limits = read_limits(headers)
-        if not limits: return
         with self._lock:
+            if refused:
+                for kind, entry in turn.costs.items(): self._buckets[kind].give_back(entry)
             for kind, (limit, remaining, reset) in limits.items():
-                self._buckets[kind].learn(limit, remaining, reset, turn.sent_at)
+                self._buckets[kind].learn(limit, remaining, reset, turn.sent_at, time.monotonic())
 
     def leave(self, turn: Turn, refused: bool = False, wait_s: float|None = None) -> None:
         "A request has ended; `refused` with 429 or 529, with the wait that the provider asked for."
@@ -178,18 +199,23 @@ class RateControl:
         self._not_before = max(self._not_before, now + (random.uniform(0, .5) if wait_s is None else wait_s))
         if turn.sent_at < self._cut_at: return  # sent before the cut: it is about the same excess
         self._slow_start, self.limit = False, max(1., .8*min(self.limit, self.in_flight + 1))
-        # Since the last cut the provider's bucket was empty, so what it let in meanwhile is its true pace.
-        if math.isinf(self._buckets['requests'].limit) and self._since_cut:
+        if math.isinf(self._buckets['requests'].limit): self._find_pace(now, wait_s)
+        self._cut_at, self._since_cut, self._grown_at = now, 0, now
+
+    def _find_pace(self, now, wait_s):
+        "Without headers: since the last cut their bucket was empty, so what they let in meanwhile is their true pace."
+        if self._since_cut:
             self._good_pace = self._since_cut/max(now - self._cut_at, .05)
             self.pace = max(.02, .8*min(self.pace, self._good_pace))
-        self._cut_at, self._since_cut, self._grown_at = now, 0, now
+        elif math.isinf(self.pace): self.pace = 1/max(.2, wait_s or 1.)
 
     def _grow(self, now):
         if self._cut_at > -math.inf: self._since_cut += 1
         self.limit = min(self.concurrency, self.limit + (1 if self._slow_start else 1/self.limit))
         if self.pace < math.inf:
-            near = self.pace > .95*self._good_pace  # quickly back to what went well, then carefully beyond
-            self.pace *= (1.002 if near else 1.05)**(now - self._grown_at)
+            # Doubling until the first measure, then quickly back to what went well, and carefully beyond.
+            growth = 2. if math.isinf(self._good_pace) else 1.05 if self.pace < .95*self._good_pace else 1.002
+            self.pace *= growth**(now - self._grown_at)
             self._grown_at = now
 
     def __repr__(self) -> str:

@@ -29,7 +29,7 @@ def find_provider(
         raise BadInput(f'unknown provider {name!r}; there are: {", ".join(sorted({*providers, *_MODULES}))}')
     return providers[name]
 
-# %% ../../nbs/02_teachers.registry.ipynb #b3eaac41
+# %% ../../nbs/02_teachers.registry.ipynb #1f5d64fd
 _NAMES = {'use_api': 'use_api', 'api_type': 'provider', 'api_model': 'model', 'api_base_url': 'base_url',
           'api_temperature': 'temperature', 'api_max_tokens': 'max_tokens', 'api_timeout': 'timeout'}
 _NUMBERS = {'temperature': float, 'max_tokens': int, 'timeout': float, 'max_retries': int, 'retry_delay': float}
@@ -63,13 +63,14 @@ def teacher_settings(
     for name, value in _read_config(config or {}).items():
         own = _NAMES.get(name.lower(), name.lower())
         if value is not None: settings[own] = _value(own, value, name)
-    settings |= {k: v for k, v in given.items() if v is not None}
+    given = {_NAMES.get(k, k): v for k, v in given.items() if v is not None}
+    settings |= given
     use_api = settings.pop('use_api', True)
     if given.get('provider') or use_api: return settings
-    own = {k.lower() for k in _read_config(config or {}) if not k.lower().startswith('api_')} | {k for k in given if given[k] is not None}
+    own = {k.lower() for k in _read_config(config or {}) if not k.lower().startswith('api_')} | set(given)
     return {'provider': 'local', **{k: v for k, v in settings.items() if k in own and k not in ('provider', 'base_url')}}
 
-# %% ../../nbs/02_teachers.registry.ipynb #efbf4fb4
+# %% ../../nbs/02_teachers.registry.ipynb #082e9328
 def create_teacher(
     provider: str|None = None,  # "openai", "deepseek", "anthropic", "openai-compatible", "custom", "local", ...; None: see `config`
     model: str|None = None,     # The model's name there
@@ -84,7 +85,7 @@ def create_teacher(
     "Make a teacher."
     given = dict(provider=provider, model=model, api_key=api_key, base_url=base_url, timeout=timeout, max_retries=max_retries,
                  retry_delay=retry_delay, **more)
-    settings = teacher_settings(config, {} if provider else None, **given)
+    settings = teacher_settings(config, {} if provider or 'api_type' in more else None, **given)
     name = settings.pop('provider', None)
     if not name: raise BadInput('say whom to ask: create_teacher("openai", ...), or set API_TYPE')
     return find_provider(name)(**settings)

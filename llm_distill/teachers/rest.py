@@ -37,7 +37,7 @@ def logits_array(
     if np.isnan(rows).any(): raise ValueError('some of them are not numbers')
     return rows
 
-# %% ../../nbs/02_teachers.rest.ipynb #3f23ac95
+# %% ../../nbs/02_teachers.rest.ipynb #24d7a95c
 @register_teacher('custom')
 class RestTeacher(Teacher):
     "A REST service with `/generate` and, where it has them, `/logits`."
@@ -52,6 +52,7 @@ class RestTeacher(Teacher):
         generate_path: str = '/generate',
         logits_path: str|None = '/logits', # None for a service without
         fields: dict[str, str]|None = None,  # Other names for JSON fields, e.g. {"input": "prompt", "text": "data.answer"}
+        tokenizer=None,               # The one whose ids the columns of its logits are; `score` needs it
         extra: dict|None = None,      # Further fields for each request
         **options,                    # As for `Teacher`
     ):
@@ -61,7 +62,9 @@ class RestTeacher(Teacher):
         self.url, self.fields, self.extra = self.wire.url, FIELDS | (fields or {}), extra or {}
         self.generate_path, self.logits_path = generate_path, logits_path
         self.renamed = bool(fields and 'text' in fields)
+        self.tokenizer = tokenizer
         if not logits_path: self.gives = frozenset({'text'})
+        elif tokenizer is not None: self.gives = self.gives | {'prompt_logprobs'}
         super().__init__(model or 'custom', cache_as or self.url, **options)
 
     def _named(self, **values) -> dict: return {self.fields[k]: v for k, v in values.items() if v is not None}
@@ -108,5 +111,17 @@ class RestTeacher(Teacher):
             raise error
         await self.persist(attempt, Size(len(text.encode()), 0))
         return found[-1]
+
+    async def ascore(self, text: str, top_k: int = 20) -> Completion:
+        "Teacher forcing, from the service's logits and the tokenizer's ids."
+        if 'prompt_logprobs' not in self.gives: raise self.not_given('prompt_logprobs')
+        from llm_distill.models import token_bytes
+        from llm_distill.teachers.logits import score_rows
+        import torch
+        logits, ids = torch.from_numpy(await self.alogits(text))[0], self.tokenizer(text)['input_ids']
+        if len(ids) != len(logits):
+            raise BadInput(f'{self} reads these {len(ids)} tokens as {len(logits)}: tokenizer= is another one than its own')
+        rows = score_rows(logits, ids, top_k, token_bytes(self.tokenizer))
+        return Completion(text, 'stop', Usage(len(ids), 0), self.model, rows)
 
     async def aclose(self) -> None: await self.wire.aclose()

@@ -102,7 +102,7 @@ def sdk_client(
     return getattr(module, client)(base_url=base_url, api_key='-', max_retries=0, timeout=timeout,
                                    http_client=getattr(module, http)(**hooks))
 
-# %% ../../nbs/02_teachers.wire.ipynb #4d51b87f
+# %% ../../nbs/02_teachers.wire.ipynb #7b205798
 class Wire:
     "One provider's address, for coroutines of any event loop."
     def __init__(
@@ -143,7 +143,7 @@ class Wire:
         sdk, error = _load(self.sdk), None
         try: return await sending
         except sdk.APIStatusError as e:
-            if on_headers: on_headers(e.response.headers)
+            if on_headers: on_headers(e.response.headers, e.status_code in (429, 529))
             body = e.body if e.body is not None else e.response.text
             error = refusal(e.status_code, body, e.response.headers, self.url, self.key)
         except sdk.APITimeoutError: error = late(self.url, self.timeout)
