@@ -121,7 +121,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #1ea858e7
+# %% ../nbs/12a_demo.ipynb #12e57b11
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -172,7 +172,8 @@ def run_demo(
         'before': before.as_dict(), 'after': after.as_dict(), 'asked': answers.asked, 'from_cache': answers.from_cache,
         'seconds': round(time.perf_counter() - started, 1), 'student': str((folder/'student').resolve()),
         'teacher': name, 'layers': f'{student.config.num_hidden_layers} of {layers}', 'device': device,
-        'teacher_manifest': answers.manifest, 'seed': seed, 'top_k': 20, 'fast': fast, 'version': llm_distill.__version__, 'curve': curve,
+        'teacher_manifest': answers.manifest, 'seed': seed, 'top_k': 20, 'fast': fast,
+        'version': llm_distill.__version__, 'curve': curve,
         'price': {'model': price_as, 'usd': price(tokens, price_as, len(answers)),
                   'prompt_tokens': tokens.prompt_tokens, 'completion_tokens': tokens.completion_tokens},
         'samples': [{'prompt': a.prompt, 'teacher': a.text, 'before': b, 'after': c}

@@ -38,7 +38,7 @@ def message_completion(data: bytes, teacher: str) -> Completion: # Raises `BadRe
                       reasoning=''.join(b.thinking or '' for b in reply.content if b.type == 'thinking') or None,
                       request_id=reply.id)
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #143a806a
+# %% ../../nbs/02_teachers.anthropic.ipynb #e54ac2ef
 STREAM_ABOVE = 21_333  # tokens: the SDK expects 128,000 an hour and refuses to wait longer than ten minutes
 
 @register_teacher('anthropic', 'claude')
@@ -58,7 +58,8 @@ class AnthropicTeacher(Teacher):
         if not model: raise BadInput('say which model: model="claude-haiku-4-5", for example')
         key = ApiKey(api_key, self.key_variable)
         if not key: raise MissingKey(f'no API key: set {self.key_variable} or pass api_key=')
-        self.wire = Wire((base_url or self.default_url).removesuffix('/v1'), key, 'anthropic', options.get('timeout', 60))
+        base_url = (base_url or self.default_url).removesuffix('/v1')
+        self.wire = Wire(base_url, key, 'anthropic', options.get('timeout', 60))
         self.url, self.extra = self.wire.url, extra or {}
         super().__init__(model, cache_as or self.url, **options)
 
@@ -66,8 +67,8 @@ class AnthropicTeacher(Teacher):
         "`max_tokens` is 1,024 where nothing else is said."
         if logprobs: raise self.not_given('top_logprobs')
         params = {'max_tokens': 1024} | self.extra | params
-        drop(self.model, params, ('temperature', 'top_p', 'top_k', 'seed', 'n', 'presence_penalty', 'frequency_penalty', 'logit_bias'),
-             'takes no such parameter')
+        drop(self.model, params, ('temperature', 'top_p', 'top_k', 'seed', 'n', 'presence_penalty', 'frequency_penalty',
+                                  'logit_bias'), 'takes no such parameter')
         if 'max_completion_tokens' in params: params['max_tokens'] = params.pop('max_completion_tokens')
         if stop := params.pop('stop', None): params['stop_sequences'] = [stop] if isinstance(stop, str) else stop
         system = '\n\n'.join(m['content'] for m in messages if m['role'] in ('system', 'developer'))
@@ -81,7 +82,8 @@ class AnthropicTeacher(Teacher):
         return await self.wire.guard(self._streamed(request), self.heard)
 
     async def _streamed(self, request) -> Completion:
-        known = {k: v for k, v in request.items() if k in ('model', 'messages', 'max_tokens', 'system', 'stop_sequences', 'thinking')}
+        named = ('model', 'messages', 'max_tokens', 'system', 'stop_sequences', 'thinking')
+        known = {k: v for k, v in request.items() if k in named}
         more = {k: v for k, v in request.items() if k not in known}
         async with self.wire.client().messages.stream(**known, extra_body=more or None) as stream:
             self.heard(stream.response.headers)

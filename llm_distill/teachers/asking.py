@@ -63,7 +63,7 @@ def request_size(
     answers = max(request.get('n') or 1, request.get('best_of') or 1)
     return Size(prompt, None if longest is None else longest*answers)
 
-# %% ../../nbs/02_teachers.asking.ipynb #220286fe
+# %% ../../nbs/02_teachers.asking.ipynb #8780b366
 _turn: ContextVar[Turn|None] = ContextVar('turn', default=None)
 _log = logging.getLogger('llm_distill')
 _told: set = set()  # whose terms were shown
@@ -83,7 +83,7 @@ class Asking:
         self.stats, self.rate = Stats(), RateControl()
         return self
 
-    def __getstate__(self): return {k: v for k, v in vars(self).items() if k != 'rate'}  # each process finds its own pace
+    def __getstate__(self): return {k: v for k, v in vars(self).items() if k != 'rate'}  # each process has its own pace
 
     @property
     def price(self) -> Price: # Raises `BadInput` where it is not known
@@ -144,7 +144,7 @@ class Asking:
     async def _once(self, attempt, size) -> Completion:
         "One attempt, with its turn and its money."
         worst = await self._reserve(size)
-        spent, refused, wait_s = worst, False, None   # whatever ends this may have been charged for, until we know better
+        spent, refused, wait_s = worst, False, None   # whatever ends this may have been charged, until we know better
         turn = None
         try:
             turn = await self.rate.enter(size.prompt/4, self._expected(size))
@@ -168,9 +168,8 @@ class Asking:
         raise error
 
     def _expected(self, size: Size) -> float: # Tokens
-        "How long the answer will be, going by those before."
-        known = self.stats.completion_tokens/max(1, self.stats.successful)
-        return min(known or 256, size.answer or 1e9)
+        "A guess of the answer's length; the rate control learns what it is charged as."
+        return size.answer or self.stats.completion_tokens/max(1, self.stats.successful) or 256
 
     async def _reserve(self, size: Size) -> float: # US dollars; 0 without a budget
         if self.budget is None: return 0.
@@ -182,6 +181,7 @@ class Asking:
         return worst
 
 def _empty(answer: Completion) -> BadReply:
-    why = {'length': 'all of max_tokens went into thinking: raise max_tokens', 'content_filter':
-           "the provider's filter took it away: change the prompt"}.get(answer.finish_reason, 'ask again, or change the prompt')
+    why = {'length': 'all of max_tokens went into thinking: raise max_tokens',
+           'content_filter': "the provider's filter took it away: change the prompt"}
+    why = why.get(answer.finish_reason, 'ask again, or change the prompt')
     return BadReply(f'{answer.model or "the teacher"} sent an answer without text; {why}')

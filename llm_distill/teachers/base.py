@@ -19,13 +19,15 @@ from .background import run
 from .rate import RateControl
 from ..types import BadInput, Completion, Message, NotGiven, TeacherError, as_messages
 
-# %% ../../nbs/02_teachers.base.ipynb #96bfb2b6
+# %% ../../nbs/02_teachers.base.ipynb #d7dc74f5
 KNOBS = ('temperature', 'max_tokens', 'top_p', 'top_k', 'seed', 'stop', 'logprobs')  # may be set once for all requests
-WHO = {'top_logprobs': 'OpenAI models that do not reason, DeepSeek without thinking, vLLM, SGLang, llama.cpp, a local model',
+WHO = {'top_logprobs': 'OpenAI models that do not reason, DeepSeek without thinking, vLLM, SGLang, llama.cpp, '
+                       'a local model',
        'prompt_logprobs': 'a local model, vLLM, SGLang, servers whose completions know echo and logprobs',
        'logits': 'a local model, a custom REST service with /logits'}
 
-_ELSEWHERE = {'max_workers': 'others: concurrency= of generate_batch or collect', 'concurrency': 'the teacher, of generate_batch or of collect',
+_ELSEWHERE = {'max_workers': 'others: concurrency= of generate_batch or collect',
+              'concurrency': 'the teacher, of generate_batch or of collect',
               **dict.fromkeys(('timeout', 'max_retries', 'retry_delay', 'api_key', 'base_url'), 'the teacher')}
 
 class Teacher(Asking, ABC):
@@ -56,7 +58,8 @@ class Teacher(Asking, ABC):
             raise BadInput(f'{type(self).__name__} has no setting {", ".join(sorted(unknown))}; '
                            f'of the parameters of a request it takes {", ".join(KNOBS)}')
         if not timeout > 0 or max_retries < 0 or retry_delay < 0 or concurrency < 1:
-            raise BadInput('timeout is more than 0 seconds, max_retries and retry_delay 0 or more, concurrency 1 or more')
+            raise BadInput('timeout is more than 0 seconds, max_retries and retry_delay 0 or more, '
+                           'concurrency 1 or more')
         self.model, self.endpoint, self.timeout = model, endpoint, timeout
         self.max_retries, self.retry_delay, self.retry_cap = max_retries, retry_delay, retry_cap
         self.budget = budget if isinstance(budget, Budget|None) else Budget(budget)
@@ -71,7 +74,8 @@ class Teacher(Asking, ABC):
 
     def request(self, messages: list[Message], **params) -> dict:
         "The body that would be sent, the teacher's own settings included."
-        for name in params.keys() & _ELSEWHERE: raise BadInput(f'{name}= is no parameter of a request, but of {_ELSEWHERE[name]}')
+        for name in params.keys() & _ELSEWHERE:
+            raise BadInput(f'{name}= is no parameter of a request, but of {_ELSEWHERE[name]}')
         return self.body(messages, **self.defaults | {k: v for k, v in params.items() if v is not None})
 
     async def asend(self, request: dict) -> Completion:
@@ -85,7 +89,7 @@ class Teacher(Asking, ABC):
         self,
         prompt: str|list[Message],      # A question or a conversation
         system_prompt: str|None = None, # Put before a conversation that has none
-        **params,                       # max_tokens, temperature, top_p, seed, stop, logprobs=k (top-k at each token), ...
+        **params,                       # max_tokens, temperature, top_p, seed, stop, logprobs=k (top-k per token), ...
     ) -> Completion:                    # Raises a `TeacherError` that says what to do
         "Ask once."
         if params.get('n', 1) != 1: raise BadInput('n=: one call gives one answer; ask as often as you want answers')
@@ -126,7 +130,8 @@ class Teacher(Asking, ABC):
     def send(self, request: dict) -> Completion: return run(self.asend(request))
     def generate(self, prompt, system_prompt: str|None = None, **params) -> Completion:
         return run(self.agenerate(prompt, system_prompt, **params))
-    def generate_text(self, input_text: str, max_tokens: int|None = None, temperature: float|None = None, **params) -> str:
+    def generate_text(self, input_text: str, max_tokens: int|None = None, temperature: float|None = None,
+                      **params) -> str:
         return run(self.generate_text_async(input_text, max_tokens, temperature, **params))
     def generate_batch(self, prompts, system_prompt: str|None = None, **params) -> list[Completion]:
         return run(self.agenerate_batch(prompts, system_prompt, **params))
@@ -135,7 +140,7 @@ class Teacher(Asking, ABC):
         self,
         text: str|list[int],  # What the teacher reads; token ids of its own tokenizer where it takes them
         top_k: int = 20,      # Likeliest tokens at each place
-    ) -> Completion:          # Its `logprobs` cover the text itself; a first token that nothing precedes has nan and no top-k
+    ) -> Completion:          # Its `logprobs` cover the text; a first token that nothing precedes has nan and no top-k
         "Teacher forcing: how likely each token of a given text is; raises `NotGiven`."
         raise self.not_given('prompt_logprobs')
     def score(self, text: str|list[int], top_k: int = 20) -> Completion: return run(self.ascore(text, top_k))
@@ -153,7 +158,7 @@ class Teacher(Asking, ABC):
         return run(self.aget_logits_batch(texts, vocab_size, **options))
 
     def as_model(self, tokenizer, vocab_size: int|None = None):
-        "A `torch.nn.Module` that takes `input_ids` and returns `.logits`; see `llm_distill.teachers.logits.TeacherModel`."
+        "A `torch.nn.Module` from `input_ids` to `.logits`; see `llm_distill.teachers.logits.TeacherModel`."
         from llm_distill.teachers.logits import TeacherModel
         return TeacherModel(self, tokenizer, vocab_size)
 
@@ -183,16 +188,17 @@ class Teacher(Asking, ABC):
         seen = self.stats.successful
         if seen < 20: return estimate_cost(conversations, self.price, longest, samples, batch)
         share = min(1., self.stats.completion_tokens/seen/longest)
-        return estimate_cost(conversations, self.price, longest, samples, batch, answer_share=(.8*share, min(1., 1.25*share)))
+        shares = (.8*share, min(1., 1.25*share))
+        return estimate_cost(conversations, self.price, longest, samples, batch, answer_share=shares)
 
     def manifest(self) -> dict:
         "What a report should say about its teacher; holds no key."
         training, source = self.terms()
         try: price = self.price.as_dict()
         except BadInput: price = None
-        return {'kind': type(self).__name__, 'model': self.model, 'endpoint': self.endpoint, 'gives': sorted(self.gives),
-                'training_on_answers': training, 'terms': source, 'price': price, 'stats': asdict(self.stats),
-                'card': self.card and asdict(self.card)}
+        return {'kind': type(self).__name__, 'model': self.model, 'endpoint': self.endpoint,
+                'gives': sorted(self.gives), 'training_on_answers': training, 'terms': source, 'price': price,
+                'stats': asdict(self.stats), 'card': self.card and asdict(self.card)}
 
     async def aclose(self) -> None: "Let go of the connections of the running event loop."
     def close(self) -> None:

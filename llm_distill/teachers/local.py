@@ -39,7 +39,7 @@ def _seeded(seed: int|None, device: torch.device):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/02_teachers.local.ipynb #ac493f4a
+# %% ../../nbs/02_teachers.local.ipynb #5d220050
 @register_teacher('local')
 class LocalTeacher(Teacher):
     "A causal language model in this process."
@@ -47,7 +47,7 @@ class LocalTeacher(Teacher):
 
     def __init__(
         self,
-        model='smollm2',            # A folder, a GGUF file, "smollm2", a hub name, or a transformers model already loaded
+        model='smollm2',            # A folder, a GGUF file, "smollm2", a hub name, or a transformers model in memory
         cache_as: str|None = None,  # Its name in the cache; None takes a fingerprint of its weights
         tokenizer=None,             # For a model already loaded
         device: str|None = None,    # "cpu", "cuda", "mps"; None takes the best there is
@@ -74,11 +74,13 @@ class LocalTeacher(Teacher):
 
     def body(self, messages: list[Message], **params) -> dict:
         "Takes max_tokens, temperature, top_p, top_k, seed, stop and logprobs."
-        known = {'max_tokens': 512, 'temperature': 1., 'top_p': 1., 'top_k': 0, 'seed': None, 'stop': None, 'logprobs': None}
+        known = {'max_tokens': 512, 'temperature': 1., 'top_p': 1., 'top_k': 0, 'seed': None, 'stop': None,
+                 'logprobs': None}
         if unknown := set(params) - set(known):
             raise BadInput(f'a local model takes {", ".join(known)}, not {", ".join(sorted(unknown))}')
         body = known | params
-        if body['max_tokens'] < 1 or body['temperature'] < 0: raise BadInput('max_tokens is 1 or more, temperature 0 or more')
+        if body['max_tokens'] < 1 or body['temperature'] < 0:
+            raise BadInput('max_tokens is 1 or more, temperature 0 or more')
         if body['temperature'] == 0: body['seed'] = None  # nothing is drawn
         return {'model': self.model, 'messages': messages, **{k: v for k, v in body.items() if v is not None}}
 
@@ -96,9 +98,9 @@ class LocalTeacher(Teacher):
         ends = self.llm.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         config = GenerationConfig(
-            max_new_tokens=request['max_tokens'], do_sample=warm, eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id,
-            output_logits=bool(k), return_dict_in_generate=True,
-            **({'temperature': request['temperature'], 'top_p': request['top_p'], 'top_k': request['top_k']} if warm else {}))
+            max_new_tokens=request['max_tokens'], do_sample=warm, eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id, output_logits=bool(k), return_dict_in_generate=True,
+            **({name: request[name] for name in ('temperature', 'top_p', 'top_k')} if warm else {}))
         with self.lock, _seeded(request.get('seed'), self.llm.device):
             ids = torch.tensor([prompt], device=self.llm.device)
             out = self.llm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config,

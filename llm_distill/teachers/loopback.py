@@ -12,8 +12,9 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# %% ../../nbs/02_teachers.loopback.ipynb #94e71a01
-def _words(question: str, body: dict) -> list[str]: return [' ' + w for w in question.split() or ['?']][:body.get('max_tokens') or 8]
+# %% ../../nbs/02_teachers.loopback.ipynb #f61154d9
+def _words(question: str, body: dict) -> list[str]:
+    return [' ' + w for w in question.split() or ['?']][:body.get('max_tokens') or 8]
 
 def _chat(body: dict) -> dict:
     "A chat completion made of words of the question, with logprobs where they are asked for."
@@ -47,9 +48,9 @@ def _logits(body: dict) -> dict:
 
 _ROUTES = {'/v1/chat/completions': _chat, '/v1/messages': _message, '/generate': _text, '/logits': _logits}
 
-# %% ../../nbs/02_teachers.loopback.ipynb #5b015f1e
+# %% ../../nbs/02_teachers.loopback.ipynb #964cb5b4
 class LoopbackProvider:
-    "A provider on 127.0.0.1, in a thread of this process: OpenAI's chat, Anthropic's messages and a REST service with logits."
+    "A provider on 127.0.0.1, in a thread of ours: OpenAI's chat, Anthropic's messages and a REST service with logits."
     def __init__(
         self,
         delay_s: float = 0.,           # How long it thinks before each answer
@@ -76,7 +77,8 @@ class LoopbackProvider:
         if self.status != 200: return self.status, {'error': {'message': 'told to fail', 'code': 'told'}}
         if path not in _ROUTES: return 404, {'error': {'message': f'nothing at {path}', 'code': 'not_found'}}
         try: return 200, _ROUTES[path](body)
-        except LookupError as e: return 400, {'error': {'message': f'the field {e} is missing', 'code': 'missing_field'}}
+        except LookupError as e:
+            return 400, {'error': {'message': f'the field {e} is missing', 'code': 'missing_field'}}
 
     def _handler(provider):
         class Handler(BaseHTTPRequestHandler):

@@ -41,7 +41,7 @@ def drop(model: str, params: dict, names, why: str) -> None:
         _warned.add((model, *dropped))
         warnings.warn(f'{model} {why}: {", ".join(dropped)} left out', stacklevel=2)
 
-# %% ../../nbs/02_teachers.openai.ipynb #ed159017
+# %% ../../nbs/02_teachers.openai.ipynb #f0108be7
 @register_teacher('openai')
 class OpenAITeacher(Teacher):
     "A teacher behind the OpenAI protocol."
@@ -72,11 +72,13 @@ class OpenAITeacher(Teacher):
         import json
         data = await self.wire.get('/models')
         try: return json.loads(data)['data'][0]['id']
-        except (ValueError, LookupError, TypeError): raise TeacherError(f'{self.url} lists no model; pass model=') from None
+        except (ValueError, LookupError, TypeError):
+            raise TeacherError(f'{self.url} lists no model; pass model=') from None
         finally: await self.wire.aclose()
 
     def _reasons(self, params: dict) -> bool:
-        return bool(self.default_url) and reasons(self.model, params.get('reasoning_effort', self.extra.get('reasoning_effort')))
+        effort = params.get('reasoning_effort', self.extra.get('reasoning_effort'))
+        return bool(self.default_url) and reasons(self.model, effort)
 
     def _logprobs_limit(self, params: dict = {}) -> int: # noqa: B006
         "The largest k that may be asked for; 0 for none."
@@ -87,10 +89,11 @@ class OpenAITeacher(Teacher):
         "`logprobs=k` asks for the k likeliest tokens at each place."
         params, limit = self.extra | params, self._logprobs_limit(params)
         if logprobs and not limit: raise self.not_given('top_logprobs')
-        if logprobs and logprobs > limit: raise BadInput(f'{self.model} gives the {limit} likeliest tokens at most, not {logprobs}')
+        if logprobs and logprobs > limit:
+            raise BadInput(f'{self.model} gives the {limit} likeliest tokens at most, not {logprobs}')
         if self._reasons(params):
-            drop(self.model, params, ('temperature', 'top_p', 'presence_penalty', 'frequency_penalty', 'logit_bias', 'seed', 'stop'),
-                 'thinks first and takes no such parameter')
+            drop(self.model, params, ('temperature', 'top_p', 'presence_penalty', 'frequency_penalty', 'logit_bias',
+                                      'seed', 'stop'), 'thinks first and takes no such parameter')
             if 'max_tokens' in params: params['max_completion_tokens'] = params.pop('max_tokens')
         return getattr(self, f'_{self.api}_body')(messages, logprobs, params)
 

@@ -15,7 +15,7 @@ import numpy as np
 from .openai import _READERS
 from ..types import BadInput, BadReply, Completion, NotGiven, TeacherRefused, as_messages
 
-# %% ../../nbs/02_teachers.probe.ipynb #863d224a
+# %% ../../nbs/02_teachers.probe.ipynb #612b0f7a
 @dataclass
 class Card:
     "What a teacher really does."
@@ -34,10 +34,11 @@ class Card:
     def __str__(self) -> str: return '\n'.join(f'{k:16} {v}' for k, v in asdict(self).items())
     def _repr_html_(self) -> str:
         from html import escape
-        rows = ''.join(f'<tr><td>{k.replace("_", " ")}</td><td>{escape(str(v))}</td></tr>' for k, v in asdict(self).items())
+        rows = ''.join(f'<tr><td>{k.replace("_", " ")}</td><td>{escape(str(v))}</td></tr>'
+                       for k, v in asdict(self).items())
         return f'<table>{rows}</table>'
 
-# %% ../../nbs/02_teachers.probe.ipynb #1e7899f4
+# %% ../../nbs/02_teachers.probe.ipynb #9dfde56c
 _QUESTION = as_messages('Write a sentence about something surprising that you saw today.')
 
 class _Asker:
@@ -65,9 +66,10 @@ class _Asker:
     async def texts(self, times: int, **params) -> list[str]|str:
         "The texts of several requests, or why there are none."
         answers = await asyncio.gather(*(self.ask(**params) for _ in range(times)))
-        return next((a for a in answers if isinstance(a, str)), None) or [a[0].text or a[0].reasoning or '' for a in answers]
+        why = next((a for a in answers if isinstance(a, str)), None)
+        return why or [a[0].text or a[0].reasoning or '' for a in answers]
 
-# %% ../../nbs/02_teachers.probe.ipynb #96f2d831
+# %% ../../nbs/02_teachers.probe.ipynb #f3725d88
 async def _largest_k(asker) -> tuple[int, Completion|None]:
     "The largest top-k, and an answer that has it."
     for k in (100, 20, 10, 5, 1):
@@ -79,7 +81,8 @@ async def _largest_k(asker) -> tuple[int, Completion|None]:
         return (max((len(r) for r in rows.top_logprobs), default=0), found[0]) if rows else (0, None)
     return 0, None
 
-def _first(answer: Completion) -> dict[bytes, float]: return dict(zip(answer.logprobs.top_tokens[0], answer.logprobs.top_logprobs[0]))
+def _first(answer: Completion) -> dict[bytes, float]:
+    return dict(zip(answer.logprobs.top_tokens[0], answer.logprobs.top_logprobs[0]))
 
 def _same(a: dict, b: dict) -> bool:
     "Whether two top-k rows tell of the same distribution, to a provider's usual rounding."
@@ -113,7 +116,7 @@ async def _scores(teacher) -> bool:
     except NotGiven: return False
     return bool(np.isfinite(scored.logprobs[1:]).all())
 
-# %% ../../nbs/02_teachers.probe.ipynb #c1243aae
+# %% ../../nbs/02_teachers.probe.ipynb #67b4332c
 async def probe(
     teacher,      # Any `Teacher`; its `gives` and `max_logprobs` become what was found
 ) -> Card:        # Raises a `TeacherError` where it does not answer at all
@@ -125,8 +128,9 @@ async def probe(
         found = await asker.ask()
         if isinstance(found, str): raise BadReply(f'{teacher} refuses a plain question: there is nothing to find out')
         answer = found[0]
-    card = Card(teacher.model, k, await _space(asker, k) if k else 'none', await _temperature(asker), with_bytes, await _n(asker),
-                await _seed(asker), await _scores(teacher), bool(answer.reasoning), bool(answer.usage.total_tokens))
+    card = Card(teacher.model, k, await _space(asker, k) if k else 'none', await _temperature(asker), with_bytes,
+                await _n(asker), await _seed(asker), await _scores(teacher), bool(answer.reasoning),
+                bool(answer.usage.total_tokens))
     card.requests = teacher.stats.total - asker.sent
     teacher.max_logprobs = k
     found = {'top_logprobs': k > 0, 'prompt_logprobs': card.prompt_logprobs}

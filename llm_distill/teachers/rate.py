@@ -57,7 +57,7 @@ def read_limits(
             if limit > 0 and reset is not None: found[kind] = limit, remaining, reset; break
     return found
 
-# %% ../../nbs/02_teachers.rate.ipynb #9fb556d5
+# %% ../../nbs/02_teachers.rate.ipynb #0926bb89
 class Bucket:
     "What a provider will still let in of one kind, as far as its headers tell."
     def __init__(self, learns_scale: bool):
@@ -107,7 +107,7 @@ class Bucket:
     def ready(self, cost: float, now: float) -> float:
         "When a request of this cost may go."
         if math.isinf(self.limit): return now
-        missing = min(cost*self.scale + .01*self.size, self.size) - self.free(now)  # some overtake each other on the way
+        missing = min(cost*self.scale + .01*self.size, self.size) - self.free(now)  # some overtake others on the way
         if missing <= 0: return now
         return now + missing/self.refill if self.refill else max(self.end, now + .1)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from .base import Teacher, providers
 from ..types import BadInput
 
-# %% ../../nbs/02_teachers.registry.ipynb #badc019d
+# %% ../../nbs/02_teachers.registry.ipynb #d7f342a3
 _MODULES = {'openai': 'openai', 'deepseek': 'openai', 'anthropic': 'anthropic', 'claude': 'anthropic', 'custom': 'rest',
-            'local': 'local', **dict.fromkeys(('openai-compatible', 'vllm', 'sglang', 'llama.cpp', 'ollama'), 'compatible')}
+            'local': 'local',
+            **dict.fromkeys(('openai-compatible', 'vllm', 'sglang', 'llama.cpp', 'ollama'), 'compatible')}
 
 def find_provider(
     name: str, # As it was registered
@@ -29,7 +30,7 @@ def find_provider(
         raise BadInput(f'unknown provider {name!r}; there are: {", ".join(sorted({*providers, *_MODULES}))}')
     return providers[name]
 
-# %% ../../nbs/02_teachers.registry.ipynb #1f5d64fd
+# %% ../../nbs/02_teachers.registry.ipynb #66154a0d
 _NAMES = {'use_api': 'use_api', 'api_type': 'provider', 'api_model': 'model', 'api_base_url': 'base_url',
           'api_temperature': 'temperature', 'api_max_tokens': 'max_tokens', 'api_timeout': 'timeout'}
 _NUMBERS = {'temperature': float, 'max_tokens': int, 'timeout': float, 'max_retries': int, 'retry_delay': float}
@@ -59,7 +60,8 @@ def teacher_settings(
 ) -> dict:                                  # Arguments for `create_teacher`; raises `BadInput`
     "The settings of a teacher: arguments before the dict before the environment."
     environ = os.environ if environ is None else environ
-    settings = {_NAMES[k.lower()]: _value(_NAMES[k.lower()], v, k) for k, v in environ.items() if k.lower() in _NAMES and v != ''}
+    settings = {_NAMES[k.lower()]: _value(_NAMES[k.lower()], v, k) for k, v in environ.items()
+                if k.lower() in _NAMES and v != ''}
     for name, value in _read_config(config or {}).items():
         own = _NAMES.get(name.lower(), name.lower())
         if value is not None: settings[own] = _value(own, value, name)
@@ -68,23 +70,24 @@ def teacher_settings(
     use_api = settings.pop('use_api', True)
     if given.get('provider') or use_api: return settings
     own = {k.lower() for k in _read_config(config or {}) if not k.lower().startswith('api_')} | set(given)
-    return {'provider': 'local', **{k: v for k, v in settings.items() if k in own and k not in ('provider', 'base_url')}}
+    own -= {'provider', 'base_url'}
+    return {'provider': 'local', **{k: v for k, v in settings.items() if k in own}}
 
-# %% ../../nbs/02_teachers.registry.ipynb #082e9328
+# %% ../../nbs/02_teachers.registry.ipynb #0d4cffcb
 def create_teacher(
-    provider: str|None = None,  # "openai", "deepseek", "anthropic", "openai-compatible", "custom", "local", ...; None: see `config`
+    provider: str|None = None,  # openai, deepseek, anthropic, openai-compatible, custom, local, ...; None: see `config`
     model: str|None = None,     # The model's name there
     api_key: str|None = None,   # None reads the provider's own variable, e.g. OPENAI_API_KEY
     base_url: str|None = None,  # Its address, where it is not the provider's usual one
     timeout: float|None = None, # Seconds for one attempt; 60 if nothing is said
     max_retries: int|None = None,    # Further attempts after a failure that may pass; 3 if nothing is said
-    retry_delay: float|None = None,  # Seconds, the first bound of the random wait before a further attempt; 1 if nothing is said
-    config: Mapping|str|Path|None = None, # A dict or a JSON file with settings; they and the environment fill in what is not said here
+    retry_delay: float|None = None,  # Seconds, the first bound of the random wait before another attempt; 1 if not said
+    config: Mapping|str|Path|None = None, # A dict or a JSON file; it and the environment fill in what is not said here
     **more,                     # What else the class takes: temperature, max_tokens, budget, concurrency, ...
 ) -> Teacher:                   # Raises `BadInput` or `MissingKey`
     "Make a teacher."
-    given = dict(provider=provider, model=model, api_key=api_key, base_url=base_url, timeout=timeout, max_retries=max_retries,
-                 retry_delay=retry_delay, **more)
+    given = dict(provider=provider, model=model, api_key=api_key, base_url=base_url, timeout=timeout,
+                 max_retries=max_retries, retry_delay=retry_delay, **more)
     settings = teacher_settings(config, {} if provider or 'api_type' in more else None, **given)
     name = settings.pop('provider', None)
     if not name: raise BadInput('say whom to ask: create_teacher("openai", ...), or set API_TYPE')

@@ -19,7 +19,7 @@ from .keys import ApiKey
 from .wire import Wire
 from ..types import BadInput, BadReply, Completion, Message, Usage
 
-# %% ../../nbs/02_teachers.rest.ipynb #97f763ce
+# %% ../../nbs/02_teachers.rest.ipynb #4a23921c
 FIELDS = {'input': 'input', 'max_tokens': 'max_tokens', 'temperature': 'temperature', 'return_logits': 'return_logits',
           'text': 'text', 'logits': 'logits', 'shape': 'shape'}
 
@@ -33,11 +33,12 @@ def logits_array(
         found = np.frombuffer(base64.b64decode(found, validate=True), '<f2').reshape(shape)
     rows = np.asarray(found, np.float32)
     if rows.ndim == 2: rows = rows[None]
-    if rows.ndim != 3 or rows.shape[0] != 1 or not rows.size: raise ValueError(f'their shape is {rows.shape}, not (1, T, V)')
+    if rows.ndim != 3 or rows.shape[0] != 1 or not rows.size:
+        raise ValueError(f'their shape is {rows.shape}, not (1, T, V)')
     if np.isnan(rows).any(): raise ValueError('some of them are not numbers')
     return rows
 
-# %% ../../nbs/02_teachers.rest.ipynb #24d7a95c
+# %% ../../nbs/02_teachers.rest.ipynb #533a7a39
 @register_teacher('custom')
 class RestTeacher(Teacher):
     "A REST service with `/generate` and, where it has them, `/logits`."
@@ -51,7 +52,7 @@ class RestTeacher(Teacher):
         cache_as: str|None = None,    # Its name in the cache in place of the URL
         generate_path: str = '/generate',
         logits_path: str|None = '/logits', # None for a service without
-        fields: dict[str, str]|None = None,  # Other names for JSON fields, e.g. {"input": "prompt", "text": "data.answer"}
+        fields: dict[str, str]|None = None,  # Other JSON names, e.g. {"input": "prompt", "text": "data.answer"}
         tokenizer=None,               # The one whose ids the columns of its logits are; `score` needs it
         extra: dict|None = None,      # Further fields for each request
         **options,                    # As for `Teacher`
@@ -106,7 +107,8 @@ class RestTeacher(Teacher):
         async def attempt():
             reply = await self._ask(self.logits_path, self._named(input=text, return_logits=True) | self.extra)
             try: found.append(logits_array(self._found(reply, 'logits'), self._found(reply, 'shape')))
-            except (ValueError, TypeError, binascii.Error) as e: error = BadReply(f'{self.url}{self.logits_path}: no logits ({e})')
+            except (ValueError, TypeError, binascii.Error) as e:
+                error = BadReply(f'{self.url}{self.logits_path}: no logits ({e})')
             else: return Completion('logits')
             raise error
         await self.persist(attempt, Size(len(text.encode()), 0))
@@ -120,7 +122,8 @@ class RestTeacher(Teacher):
         import torch
         logits, ids = torch.from_numpy(await self.alogits(text))[0], self.tokenizer(text)['input_ids']
         if len(ids) != len(logits):
-            raise BadInput(f'{self} reads these {len(ids)} tokens as {len(logits)}: tokenizer= is another one than its own')
+            raise BadInput(f'{self} reads these {len(ids)} tokens as {len(logits)}: '
+                           'tokenizer= is another one than its own')
         rows = score_rows(logits, ids, top_k, token_bytes(self.tokenizer))
         return Completion(text, 'stop', Usage(len(ids), 0), self.model, rows)
 

@@ -33,8 +33,9 @@ def retry_after(
         return max(0., (when - datetime.now(timezone.utc)).total_seconds())
     return None
 
-# %% ../../nbs/02_teachers.wire.ipynb #e97d9ee4
-_NO_CREDIT = ('insufficient_quota', 'insufficient_balance', 'insufficient balance', 'billing_hard_limit', 'credit balance')
+# %% ../../nbs/02_teachers.wire.ipynb #20e2a26a
+_NO_CREDIT = ('insufficient_quota', 'insufficient_balance', 'insufficient balance', 'billing_hard_limit',
+              'credit balance')
 
 def _said(body) -> str:
     "The provider's own words, out of whatever it sent."
@@ -55,7 +56,8 @@ def refusal(
     "Our error for an answer that is not 2xx."
     said, variable = key.scrub(_said(body)), key.variable
     if any(word in f'{body}'.lower() for word in _NO_CREDIT) or status == 402:
-        error = QuotaSpent(f'the account at {url} has no credit left: {said}; add credit there, the answers so far are kept')
+        error = QuotaSpent(f'the account at {url} has no credit left: {said}; '
+                           'add credit there, the answers so far are kept')
     elif status == 401: error = TeacherRefused(f'{url} does not accept the API key: {said}; '
                                                + (f'check {variable} or api_key=' if variable else 'check api_key='))
     elif status == 403: error = TeacherRefused(f'{url} does not permit this: {said}; check the rights of the key')
@@ -102,7 +104,7 @@ def sdk_client(
     return getattr(module, client)(base_url=base_url, api_key='-', max_retries=0, timeout=timeout,
                                    http_client=getattr(module, http)(**hooks))
 
-# %% ../../nbs/02_teachers.wire.ipynb #7b205798
+# %% ../../nbs/02_teachers.wire.ipynb #a11ea5ad
 class Wire:
     "One provider's address, for coroutines of any event loop."
     def __init__(
@@ -114,7 +116,8 @@ class Wire:
     ):
         if not url: raise BadInput('give base_url=, e.g. "http://127.0.0.1:8000/v1"')
         if urlsplit(url).scheme not in ('http', 'https') or not urlsplit(url).hostname:
-            raise BadInput('base_url= starts with http:// or https:// and names a host, e.g. "http://127.0.0.1:8000/v1"')
+            raise BadInput('base_url= starts with http:// or https:// and names a host, '
+                           'e.g. "http://127.0.0.1:8000/v1"')
         if '@' in url: raise BadInput('leave user and password out of base_url=; give the key as api_key=')
         _load(sdk)
         self.url, self.key, self.sdk, self.timeout = url.rstrip('/'), key, sdk, timeout
@@ -149,7 +152,8 @@ class Wire:
         except sdk.APITimeoutError: error = late(self.url, self.timeout)
         except sdk.APIConnectionError as e:
             why = type(e.__cause__).__name__
-            what = f'nothing answers at {self.url}' if why == 'ConnectError' else f'the connection to {self.url} broke ({why})'
+            what = (f'nothing answers at {self.url}' if why == 'ConnectError' else
+                    f'the connection to {self.url} broke ({why})')
             error = TeacherUnreachable(f'{what}; is the server running, and base_url= right?')
             error.charged = why != 'ConnectError'
         except sdk.APIError as e: error = TeacherError(f'{self.url} failed: {self.key.scrub(_said(str(e)))}')

@@ -1,4 +1,4 @@
-"""How much of a provider's allowance is used, and how many requests are refused: our teacher against a plain worker pool.
+"""How much of a provider's allowance is used, and how many requests are refused: our teacher against plain workers.
 
 The provider is a loopback server with real token buckets of 300 requests and 20,000 tokens a minute.
     python tests/benchmarks/rate_limit.py [--json] [--seconds 60] [--silent]   (--silent: it sends no rate headers)
@@ -24,7 +24,8 @@ async def through_teacher(url: str, tokens: int, until: float) -> None:
         n = 0
         while time.monotonic() < until:
             n += 1
-            try: await asyncio.wait_for(teacher.agenerate(f'Question {w} {n}', max_tokens=tokens), until - time.monotonic())
+            asked = teacher.agenerate(f'Question {w} {n}', max_tokens=tokens)
+            try: await asyncio.wait_for(asked, until - time.monotonic())
             except asyncio.TimeoutError: return
     await asyncio.gather(*(worker(w) for w in range(CONCURRENCY)))
     await teacher.aclose()
@@ -53,7 +54,8 @@ def measure(client, tokens: int, seconds: float, headers: bool) -> dict:
         asyncio.run(client(provider.url, tokens, started + seconds))
         requests, allowed_tokens = limiter.allowed(time.monotonic() - started)
     used = max(limiter.admitted/requests, limiter.tokens_admitted/allowed_tokens)
-    return {'used': used, 'refused': limiter.refused/max(1, limiter.admitted + limiter.refused), 'admitted': limiter.admitted}
+    refused = limiter.refused/max(1, limiter.admitted + limiter.refused)
+    return {'used': used, 'refused': refused, 'admitted': limiter.admitted}
 
 
 def main() -> None:

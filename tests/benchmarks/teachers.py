@@ -76,7 +76,8 @@ async def measure(url: str, args) -> dict:
     common = dict(max_tokens=64, temperature=1.)
     found = {}
     for name, ours, theirs in (('', {}, {}), ('_logprobs', {'logprobs': 20}, {'logprobs': True, 'top_logprobs': 20})):
-        async def bare(more=theirs): return await sdk.chat.completions.create(model='m', messages=messages, **common, **more)
+        async def bare(more=theirs):
+            return await sdk.chat.completions.create(model='m', messages=messages, **common, **more)
         async def through(more=ours): return await teacher.agenerate(messages, **common, **more)
         assert (await through()).text == (await bare()).choices[0].message.content
         rounds = []
@@ -92,7 +93,8 @@ async def measure(url: str, args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--json', action='store_true', help='print JSON alone')
-    for name, default in (('requests', 300), ('concurrency', 16), ('rounds', 5)): parser.add_argument(f'--{name}', type=int, default=default)
+    for name, default in (('requests', 300), ('concurrency', 16), ('rounds', 5)):
+        parser.add_argument(f'--{name}', type=int, default=default)
     args = parser.parse_args()
     server, port = start_server()
     try: found = asyncio.run(measure(f'http://127.0.0.1:{port}/v1', args))
@@ -100,7 +102,8 @@ def main() -> None:
     if args.json: print(json.dumps(found)); return
     print(f'{"":24} {"SDK":>9} {"teacher":>9} {"ratio":>7}   (median CPU of {args.rounds} rounds)')
     for name, label in (('', 'text'), ('_logprobs', '64 tokens with top 20')):
-        print(f'{label:24} {found["sdk_ms" + name]:6.2f} ms {found["teacher_ms" + name]:6.2f} ms {found["cpu_vs_sdk" + name]:6.2f}x')
+        print(f'{label:24} {found["sdk_ms" + name]:6.2f} ms {found["teacher_ms" + name]:6.2f} ms '
+              f'{found["cpu_vs_sdk" + name]:6.2f}x')
 
 
 if __name__ == '__main__': main()
