@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['training_terms', 'Price', 'set_price', 'find_price', 'price', 'Estimate', 'estimate_cost', 'Budget']
 
-# %% ../nbs/01_pricing.ipynb #85180bf6
+# %% ../nbs/01_pricing.ipynb #790cc858
 import asyncio
+import math
 import re
 import threading
-import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -37,7 +37,7 @@ def training_terms(
     return next((terms for start, terms in _TERMS.items() if name.startswith(start) and terms[1].endswith(')')),
                 ('unknown', None))
 
-# %% ../nbs/01_pricing.ipynb #7a5aa636
+# %% ../nbs/01_pricing.ipynb #52e522d0
 @dataclass(frozen=True)
 class Price:
     "What a model costs, in US dollars for a million tokens."
@@ -53,6 +53,11 @@ class Price:
     training: str = 'unknown'          # May its answers train a model: "allowed", "restricted" or "unknown"
     terms: str|None = None             # Where that is written
     _listed: tuple|None = field(default=None, repr=False, compare=False) # For prices that depend on length or hour
+
+    def __post_init__(self):
+        rates = self.input, self.output, self.cached_input, self.batch_input, self.batch_output
+        if any(r is not None and not (r >= 0 and math.isfinite(r)) for r in rates):
+            raise BadInput(f'a price is 0 or more dollars, not {rates}')
 
     def usd(self, usage: Usage, batch: bool = False) -> float: # Raises `BadInput` where there is no batch price
         "What these tokens of one request cost."
@@ -87,7 +92,7 @@ def _newest_date() -> str:
     from genai_prices.data import providers
     return max(d for p in providers for m in p.models for d in _dates(m))
 
-# %% ../nbs/01_pricing.ipynb #6d2b2850
+# %% ../nbs/01_pricing.ipynb #06813849
 _overrides: dict[tuple[str|None, str], Price] = {}
 
 def set_price(
@@ -98,7 +103,6 @@ def set_price(
     **more,                         # cached_input, batch_input, batch_output, as_of, source, training, terms
 ) -> Price:
     "A price of your own, which goes before the list."
-    if min(input, output) < 0: raise BadInput('a price is 0 or more')
     training, terms = training_terms(provider, model)
     price = Price(model, provider, input, output, **{'training': training, 'terms': terms, **more})
     _overrides[provider, model] = price
@@ -186,7 +190,7 @@ def estimate_cost(
     low, high = total(bytes_per_token[1], answer_share[0]), total(bytes_per_token[0], answer_share[1])
     return Estimate(len(sizes), low, high, price)
 
-# %% ../nbs/01_pricing.ipynb #44f9dceb
+# %% ../nbs/01_pricing.ipynb #15f8b72b
 class Budget:
     "At most so many US dollars; may be shared by teachers and threads."
     def __init__(self, usd: float): # The cap
@@ -199,16 +203,18 @@ class Budget:
     def reserve(self, usd: float) -> bool: # False where others have reserved what is left
         "Set the most that a request can cost aside; raises `BudgetSpent` where no settlement can make room for it."
         with self._lock:
-            if self.spent + usd > self.usd:
+            cap = self.usd*(1 + 1e-12)  # sums of many small numbers are not exact
+            if self.spent + usd > cap:
                 raise BudgetSpent(f'the next request may cost {usd:.4g} USD, and {self.usd - self.spent:.4g} of the '
                                   f'budget of {self.usd:g} USD are left; raise the budget or lower max_tokens')
-            if usd > self.left: return False
+            if self.spent + self.reserved + usd > cap: return False
             self.reserved += usd
             return True
 
     async def areserve(self, usd: float) -> None:
         "Wait until others have settled and there is room; first come, first served."
         loop = asyncio.get_running_loop()
+        for ended in [k for k in self._queues if k.is_closed()]: del self._queues[ended]
         if loop not in self._queues: self._queues[loop] = asyncio.Lock()
         async with self._queues[loop]:
             while not self.reserve(usd): await asyncio.sleep(.02)
@@ -222,4 +228,4 @@ class Budget:
     def __repr__(self) -> str: return f'Budget({self.usd:g} USD: {self.spent:.4g} spent, {self.reserved:.4g} reserved)'
     def __getstate__(self): return {k: v for k, v in vars(self).items() if k[0] != '_'}
     def __setstate__(self, state):
-        vars(self).update(state, _lock=threading.Lock(), _queues=weakref.WeakKeyDictionary())
+        vars(self).update(state, _lock=threading.Lock(), _queues={})

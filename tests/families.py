@@ -3,7 +3,8 @@ from llm_distill import create_teacher
 from servers import Provider
 
 FAMILIES = {  # protocol of the server, its options, the model that is asked for
-    'openai': ('openai', {}, 'gpt-4o'), 'deepseek': ('deepseek', {}, None), 'anthropic': ('anthropic', {}, 'claude-sonnet-5'),
+    'openai': ('openai', {}, 'gpt-4o'), 'deepseek': ('deepseek', {}, None),
+    'anthropic': ('anthropic', {}, 'claude-sonnet-5'),
     'openai-compatible': ('openai', {'flavour': 'plain'}, None), 'vllm': ('openai', {'flavour': 'vllm'}, None),
     'sglang': ('openai', {'flavour': 'sglang'}, None), 'llama.cpp': ('openai', {'flavour': 'llama.cpp'}, None),
     'ollama': ('openai', {'flavour': 'plain'}, 'm'), 'custom': ('rest', {}, None)}

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['STREAM_ABOVE', 'message_completion', 'AnthropicTeacher']
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #b87ff53e
+# %% ../../nbs/02_teachers.anthropic.ipynb #ca91519d
 from msgspec import Struct
 
 from .base import Teacher, register_teacher
 from .decode import _Usage, read, usage_of
 from .keys import ApiKey
 from .openai import drop
-from .wire import Wire
-from ..types import BadInput, Completion, Message, MissingKey
+from .wire import Wire, Wired
+from ..types import BadInput, BadReply, Completion, Message, MissingKey
 
 # %% ../../nbs/02_teachers.anthropic.ipynb #592c158f
 class _Block(Struct, gc=False):
@@ -38,11 +38,11 @@ def message_completion(data: bytes, teacher: str) -> Completion: # Raises `BadRe
                       reasoning=''.join(b.thinking or '' for b in reply.content if b.type == 'thinking') or None,
                       request_id=reply.id)
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #e54ac2ef
+# %% ../../nbs/02_teachers.anthropic.ipynb #532707ad
 STREAM_ABOVE = 21_333  # tokens: the SDK expects 128,000 an hour and refuses to wait longer than ten minutes
 
 @register_teacher('anthropic', 'claude')
-class AnthropicTeacher(Teacher):
+class AnthropicTeacher(Wired, Teacher):
     "Claude."
     provider, default_url, key_variable = 'anthropic', 'https://api.anthropic.com', 'ANTHROPIC_API_KEY'
 
@@ -58,7 +58,7 @@ class AnthropicTeacher(Teacher):
         if not model: raise BadInput('say which model: model="claude-haiku-4-5", for example')
         key = ApiKey(api_key, self.key_variable)
         if not key: raise MissingKey(f'no API key: set {self.key_variable} or pass api_key=')
-        base_url = (base_url or self.default_url).removesuffix('/v1')
+        base_url = (base_url or self.default_url).rstrip('/').removesuffix('/v1')
         self.wire = Wire(base_url, key, 'anthropic', options.get('timeout', 60))
         self.url, self.extra = self.wire.url, extra or {}
         super().__init__(model, cache_as or self.url, **options)
@@ -88,6 +88,5 @@ class AnthropicTeacher(Teacher):
         async with self.wire.client().messages.stream(**known, extra_body=more or None) as stream:
             self.heard(stream.response.headers)
             message = await stream.get_final_message()
+        if message.stop_reason is None: raise BadReply(f'{self.url} ended its stream before the answer did; ask again')
         return message_completion(message.to_json().encode(), self.model)
-
-    async def aclose(self) -> None: await self.wire.aclose()

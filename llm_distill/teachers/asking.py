@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stats', 'Size', 'request_size', 'TermsNotice', 'Asking']
 
-# %% ../../nbs/02_teachers.asking.ipynb #8c810c21
+# %% ../../nbs/02_teachers.asking.ipynb #42229c07
 import asyncio
 import json
 import logging
@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from urllib.parse import urlsplit
 
 from ..pricing import Budget, Price, find_price, training_terms
+from .keys import ApiKey
 from .rate import RateControl, Turn
 from ..types import BadInput, BadReply, Completion, TeacherBusy, TeacherError, TeacherTimeout, Usage
 
@@ -63,7 +64,7 @@ def request_size(
     answers = max(request.get('n') or 1, request.get('best_of') or 1)
     return Size(prompt, None if longest is None else longest*answers)
 
-# %% ../../nbs/02_teachers.asking.ipynb #8780b366
+# %% ../../nbs/02_teachers.asking.ipynb #0153e217
 _turn: ContextVar[Turn|None] = ContextVar('turn', default=None)
 _log = logging.getLogger('llm_distill')
 _told: set = set()  # whose terms were shown
@@ -76,6 +77,7 @@ class Asking:
     url: str|None = None       # Its address, where it has one
     timeout, max_retries, retry_delay, retry_cap = 60., 3, 1., 120.
     budget: Budget|None = None
+    key: ApiKey|None = None    # Taken out of every error
     _price: Price|None = None
 
     def __new__(cls, *args, **kwargs):
@@ -83,7 +85,8 @@ class Asking:
         self.stats, self.rate = Stats(), RateControl()
         return self
 
-    def __getstate__(self): return {k: v for k, v in vars(self).items() if k != 'rate'}  # each process has its own pace
+    def __getstate__(self): return vars(self) | {'rate': self.rate.concurrency}  # each process finds its own pace
+    def __setstate__(self, state): vars(self).update(state, rate=RateControl(state['rate']))
 
     @property
     def price(self) -> Price: # Raises `BadInput` where it is not known
@@ -101,9 +104,9 @@ class Asking:
 
     def _say_terms(self) -> None:
         who = self.provider or urlsplit(self.url or '').hostname or self.model
-        if who in _told: return
-        _told.add(who)
         training, source = self.terms()
+        if (who, training, source) in _told: return
+        _told.add((who, training, source))
         if training == 'restricted':
             warnings.warn(f'the terms of {who} restrict training models on its answers, see {source}', TermsNotice, 2)
 
@@ -128,30 +131,46 @@ class Asking:
                           self.max_retries + 1, wait)
                 await asyncio.sleep(wait)
         except BaseException: self.stats.add(failed=1); raise
-        used = answer.usage
-        self.stats.add(successful=1, prompt_tokens=used.prompt_tokens, completion_tokens=used.completion_tokens,
-                       cached_tokens=used.cached_tokens, usd=self._usd(used))
+        self.stats.add(successful=1)
         return answer
+
+    async def fetch(self, ask, size: Size, usage: Usage|None = None): # What `ask()` gave
+        "As `persist`, for what is no answer."
+        kept = []
+        async def attempt():
+            kept[:] = [await ask()]
+            return Completion('fetched', usage=usage or Usage())
+        await self.persist(attempt, size)
+        return kept[0]
+
+    def _count(self, used: Usage) -> None:
+        usd = self._usd(used)
+        told = used.total_tokens or usd is None or not max(self.price.input, self.price.output)
+        self.stats.add(prompt_tokens=used.prompt_tokens, completion_tokens=used.completion_tokens,
+                       cached_tokens=used.cached_tokens, usd=usd if told else None)
 
     def _wait(self, error: TeacherError, tries: int) -> float: # Seconds
         "How long to wait before the next attempt; raises the error where there shall be none."
         if not error.passes or tries >= self.max_retries: raise error
         asked = error.wait_s or 0.
         if asked > self.retry_cap:
-            raise type(error)(f'{error} (asked to wait {asked:.0f} s; retry_cap= allows {self.retry_cap:g})') from None
+            error.args = f'{error} (asked to wait {asked:.0f} s; retry_cap= allows {self.retry_cap:g})',
+            raise error
         return asked + random.uniform(0, min(self.retry_cap, self.retry_delay*2**tries))
 
     async def _once(self, attempt, size) -> Completion:
         "One attempt, with its turn and its money."
         worst = await self._reserve(size)
         spent, refused, wait_s = worst, False, None   # whatever ends this may have been charged, until we know better
-        turn = None
+        turn, known = None, False
         try:
             turn = await self.rate.enter(size.prompt/4, self._expected(size))
             _turn.set(turn)
             answer = await asyncio.wait_for(attempt(), self.timeout)
-            if not answer.text: raise _empty(answer)
+            self._count(answer.usage)
+            known = True
             if worst and answer.usage.total_tokens: spent = self.price.usd(answer.usage)
+            if not answer.text: raise _empty(answer)
             return answer
         except asyncio.TimeoutError as e:
             if isinstance(e, TeacherError): raise
@@ -159,12 +178,15 @@ class Asking:
                                    'raise timeout= or ask for less at once')
         except TeacherError as e:
             if not e.charged: spent = 0.
-            refused, wait_s = isinstance(e, TeacherBusy) and e.status in (429, 529), e.wait_s
+            refused = isinstance(e, TeacherBusy) and e.status in (429, 529)
+            if e.wait_s is not None and e.wait_s <= self.retry_cap: wait_s = e.wait_s
+            if self.key: e.args = self.key.scrub(str(e)),
             raise
         finally:
             if turn is None: spent = 0.
-            else: self.rate.leave(turn, refused, wait_s)
+            else: self.rate.leave(turn, known, refused, wait_s)
             if worst: self.budget.settle(worst, spent)
+            if spent and not known: self.stats.add(usd_unknown=spent)
         raise error
 
     def _expected(self, size: Size) -> float: # Tokens

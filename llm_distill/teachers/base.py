@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOBS', 'WHO', 'providers', 'Teacher', 'register_teacher']
 
-# %% ../../nbs/02_teachers.base.ipynb #46596ed1
+# %% ../../nbs/02_teachers.base.ipynb #8cb89371
 import asyncio
 import time
 from abc import ABC, abstractmethod
@@ -14,12 +14,12 @@ from dataclasses import asdict
 from typing import Literal
 
 from ..pricing import Budget, Estimate, Price, estimate_cost
-from .asking import Asking, request_size
-from .background import run
+from .asking import Asking, Size, request_size
+from .background import run, together
 from .rate import RateControl
-from ..types import BadInput, Completion, Message, NotGiven, TeacherError, as_messages
+from ..types import BadInput, BudgetSpent, Completion, Message, NotGiven, TeacherError, as_messages
 
-# %% ../../nbs/02_teachers.base.ipynb #d7dc74f5
+# %% ../../nbs/02_teachers.base.ipynb #9b24c59d
 KNOBS = ('temperature', 'max_tokens', 'top_p', 'top_k', 'seed', 'stop', 'logprobs')  # may be set once for all requests
 WHO = {'top_logprobs': 'OpenAI models that do not reason, DeepSeek without thinking, vLLM, SGLang, llama.cpp, '
                        'a local model',
@@ -78,10 +78,12 @@ class Teacher(Asking, ABC):
             raise BadInput(f'{name}= is no parameter of a request, but of {_ELSEWHERE[name]}')
         return self.body(messages, **self.defaults | {k: v for k, v in params.items() if v is not None})
 
+    def size(self, request: dict) -> Size: return request_size(request) # The most that it takes
+
     async def asend(self, request: dict) -> Completion:
         "Send a body made by `request`, more than once if that helps."
         started = time.perf_counter()
-        answer = await self.persist(lambda: self.attempt(request), request_size(request))
+        answer = await self.persist(lambda: self.attempt(request), self.size(request))
         answer.latency_s = time.perf_counter() - started
         return answer
 
@@ -120,10 +122,10 @@ class Teacher(Asking, ABC):
             for i, request in queue:
                 if failed: return
                 try: answers[i] = await self.asend(request)
-                except TeacherError as e:
+                except (TeacherError, BudgetSpent) as e:
                     answers[i] = e
                     if on_error == 'raise': failed.append(e)
-        await asyncio.gather(*(worker() for _ in range(min(concurrency, len(requests)))))
+        await together(*(worker() for _ in range(min(concurrency, len(requests)))))
         if failed: raise failed[0]
         return answers
 
@@ -153,7 +155,7 @@ class Teacher(Asking, ABC):
         "What the teacher expects at each place; `.estimated` says whether it had to be estimated, else it is exact."
         return run(self.aget_logits(input_text, vocab_size, **options))
     async def aget_logits_batch(self, texts: list[str], vocab_size: int|None = None, **options):
-        return await asyncio.gather(*(self.aget_logits(text, vocab_size, **options) for text in texts))
+        return await together(*(self.aget_logits(text, vocab_size, **options) for text in texts))
     def get_logits_batch(self, texts: list[str], vocab_size: int|None = None, **options): # A list of (1, T, V)
         return run(self.aget_logits_batch(texts, vocab_size, **options))
 
@@ -212,7 +214,7 @@ class Teacher(Asking, ABC):
 
     def __repr__(self) -> str: return f'{type(self).__name__}({self.model!r}, {self.endpoint!r})'
 
-# %% ../../nbs/02_teachers.base.ipynb #b22ac7cb
+# %% ../../nbs/02_teachers.base.ipynb #82d307dc
 providers: dict[str, type[Teacher]] = {}
 
 def register_teacher(
@@ -220,6 +222,8 @@ def register_teacher(
 ):               # A class decorator
     "Make a kind of teacher known."
     def add(cls):
-        providers.update({name: cls for name in names})
+        for name in names:
+            if cls.__module__.startswith('llm_distill.'): providers.setdefault(name.lower(), cls)  # yours comes first
+            else: providers[name.lower()] = cls
         return cls
     return add

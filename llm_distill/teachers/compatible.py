@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['CompatibleTeacher', 'VLLMTeacher', 'SGLangTeacher']
 
-# %% ../../nbs/02_teachers.compatible.ipynb #14a84a47
+# %% ../../nbs/02_teachers.compatible.ipynb #1e474174
+from dataclasses import replace
+
 import numpy as np
 from msgspec import Struct
 
-from .asking import Size
+from .asking import request_size
 from .base import register_teacher
 from .decode import _Usage, read, text_completions, usage_of
 from .openai import OpenAITeacher
-from ..types import BadInput, BadReply, Completion, TeacherRefused, TokenLogprobs
+from .wire import UNKNOWN
+from ..types import BadInput, BadReply, Completion, QuotaSpent, TeacherRefused, TokenLogprobs, Usage
 
-# %% ../../nbs/02_teachers.compatible.ipynb #b3b41fcf
+# %% ../../nbs/02_teachers.compatible.ipynb #25f0e930
 class _Ranked(Struct, gc=False):
     logprob: float
     decoded_token: str|None = None
@@ -29,35 +32,36 @@ class _VLLM(Struct, gc=False):
 
 def _from_entries(chosen, rows) -> TokenLogprobs:
     "`chosen` holds (logprob, id, text) for each place, `rows` the same for the top-k of each place, likeliest first."
+    def named(text): return b'' if not text or '\ufffd' in text else text.encode()  # part of a character has no name
     return TokenLogprobs([(text or '').encode() for _, _, text in chosen],
                          np.array([np.nan if p is None else p for p, _, _ in chosen], np.float32),
-                         [[(text or '').encode() for _, _, text in row] for row in rows],
+                         [[named(text) for _, _, text in row] for row in rows],
                          [np.array([p for p, _, _ in row], np.float32) for row in rows],
                          [np.array([i for _, i, _ in row], np.int64) for row in rows])
 
-def _read_vllm(data: bytes, teacher: str, first: str, top_k: int) -> Completion|None: # None where they are not there
-    reply = read(data, _VLLM, teacher)
+def _read_vllm(data: bytes, teacher: str, top_k: int) -> Completion|None: # None where they are not there
+    reply = read(data, _VLLM, teacher, other=_VLLM([]))
     places = reply.prompt_logprobs or (reply.choices and reply.choices[0].prompt_logprobs) or []
     if not any(places): return None
     # The token of the text comes first in each place, the top-k after it; the very first has none and no name.
     chosen, rows = [], []
     for place in places:
         entries = [(e.logprob, int(i), e.decoded_token) for i, e in (place or {}).items()]
-        chosen.append(entries[0] if entries else (None, -1, first))
+        chosen.append(entries[0] if entries else (None, -1, '\ufffd'))
         rows.append(sorted(entries, key=lambda e: -e[0])[:top_k])
     return Completion('', 'stop', usage_of(reply.usage), reply.model, _from_entries(chosen, rows))
 
-# %% ../../nbs/02_teachers.compatible.ipynb #cf07fd95
+# %% ../../nbs/02_teachers.compatible.ipynb #b50e8bfe
 class _Meta(Struct, gc=False):
     input_token_logprobs: list[tuple]|None = None
     input_top_logprobs: list[list[tuple]|None]|None = None
     prompt_tokens: int|None = None
 
-class _SGLang(Struct, gc=False): meta_info: _Meta
+class _SGLang(Struct, gc=False): meta_info: _Meta|None = None
 
 def _read_sglang(data: bytes, teacher: str) -> Completion|None:
-    meta = read(data, _SGLang, teacher).meta_info
-    if not meta.input_token_logprobs: return None
+    meta = read(data, _SGLang, teacher, other=_SGLang()).meta_info
+    if not meta or not meta.input_token_logprobs: return None
     chosen, rows = meta.input_token_logprobs, [row or [] for row in meta.input_top_logprobs or []]
     rows += [[] for _ in range(len(chosen) - len(rows))]
     usage = usage_of(_Usage(prompt_tokens=meta.prompt_tokens))
@@ -77,20 +81,39 @@ def _read_echo(data: bytes, teacher: str, text: str|list[int]) -> Completion|Non
     answer.logprobs = TokenLogprobs(rows.tokens[:n], rows.logprobs[:n], rows.top_tokens[:n], rows.top_logprobs[:n])
     return answer
 
-# %% ../../nbs/02_teachers.compatible.ipynb #8082b098
+# %% ../../nbs/02_teachers.compatible.ipynb #ef71ad36
+def _restore(tokens: list[bytes], text: bytes) -> list[bytes]:
+    "Tokens with the bytes that they have in the text; unchanged where they are not of this text."
+    odd, out, at, i = '\ufffd'.encode(), [], 0, 0
+    while i < len(tokens):
+        if odd not in tokens[i]:
+            if not text.startswith(tokens[i], at): return tokens
+            out.append(tokens[i]); at += len(tokens[i]); i += 1
+            continue
+        run = next((n for n, t in enumerate(tokens[i:]) if odd not in t), len(tokens) - i)
+        end = text.find(tokens[i + run], at + run) if i + run < len(tokens) else len(text)
+        if end < at + run: return tokens
+        cuts = np.linspace(at, end, run + 1).astype(int)
+        out += [text[a:b] for a, b in zip(cuts, cuts[1:])]
+        at, i = end, i + run
+    return out if at == len(text) else tokens
+
+# %% ../../nbs/02_teachers.compatible.ipynb #704dbd97
+_COMPLETIONS = '/completions'
 _BEFORE, _CHECK = 'One two three four five', 'One two three four five six seven'
 
 def _agrees(scored: TokenLogprobs, written: TokenLogprobs|None) -> bool:
     "Whether the score of `_CHECK` expects after `_BEFORE` what the server writes there; True if that cannot be seen."
-    ends = np.cumsum([len(t) for t in scored.tokens]) - b''.join(scored.tokens).find(_BEFORE.encode()) - len(_BEFORE)
-    if written is None or not len(written) or 0 not in ends[:-1]: return True
+    start = b''.join(scored.tokens).find(_BEFORE.encode())
+    ends = np.cumsum([len(t) for t in scored.tokens]) - start - len(_BEFORE)
+    if written is None or not len(written) or start < 0 or 0 not in ends[:-1]: return True
     place = list(ends).index(0) + 1
     here, there = (dict(zip(r.top_tokens[i], r.top_logprobs[i])) for r, i in ((scored, place), (written, 0)))
     shared = here.keys() & there.keys()
     return bool(shared) and max(here, key=here.get) == max(there, key=there.get) \
         and float(np.median([abs(here[t] - there[t]) for t in shared])) < .2
 
-# %% ../../nbs/02_teachers.compatible.ipynb #2188f1c6
+# %% ../../nbs/02_teachers.compatible.ipynb #7e9020e2
 @register_teacher('openai-compatible', 'llama.cpp', 'ollama')
 class CompatibleTeacher(OpenAITeacher):
     "Any server that speaks the OpenAI protocol."
@@ -99,58 +122,56 @@ class CompatibleTeacher(OpenAITeacher):
     scoring = ('vllm', 'sglang', 'echo')  # ways to try; after the first success, the one that works
     _checked = False
 
-    async def _score_vllm(self, text, top_k):
-        request = {'model': self.model, 'prompt': text, 'max_tokens': 1, 'prompt_logprobs': top_k}
-        first = '' if isinstance(text, list) else text
-        answer = _read_vllm(await self.wire.post('/completions', request, self.heard), self.model, '', top_k)
-        if answer and first:  # the first token is what the others leave of the text
-            rest = b''.join(answer.logprobs.tokens[1:])
-            if text.encode().endswith(rest): answer.logprobs.tokens[0] = text.encode()[:len(text.encode()) - len(rest)]
-        return answer
+    def _way(self, way: str, text: str|list[int], top_k: int) -> tuple: # Path, body, and a reader of the reply
+        if way == 'sglang':
+            body = {'text' if isinstance(text, str) else 'input_ids': text, 'sampling_params': {'max_new_tokens': 0},
+                    'return_logprob': True, 'logprob_start_len': 0, 'top_logprobs_num': top_k,
+                    'return_text_in_logprobs': True}
+            return self.url.removesuffix('/v1') + '/generate', body, lambda data: _read_sglang(data, self.model)
+        body = {'model': self.model, 'prompt': text, 'max_tokens': 1}
+        if way == 'vllm':
+            return _COMPLETIONS, body | {'prompt_logprobs': top_k}, lambda data: _read_vllm(data, self.model, top_k)
+        body |= {'echo': True, 'logprobs': top_k, 'temperature': 0}
+        return _COMPLETIONS, body, lambda data: _read_echo(data, self.model, text)
 
-    async def _score_sglang(self, text, top_k):
-        request = {'text' if isinstance(text, str) else 'input_ids': text, 'sampling_params': {'max_new_tokens': 0},
-                   'return_logprob': True, 'logprob_start_len': 0, 'top_logprobs_num': top_k,
-                   'return_text_in_logprobs': True}
-        url = self.url.removesuffix('/v1') + '/generate'
-        return _read_sglang(await self.wire.post(url, request, self.heard), self.model)
+    async def _ask(self, path: str, request: dict, reader) -> Completion|None: # None where the reader finds nothing
+        kept = []
+        async def attempt():
+            kept[:] = [reader(await self.wire.post(path, request, self.heard))]
+            return Completion('read', usage=kept[0].usage if kept[0] else Usage())
+        try: await self.persist(attempt, replace(request_size(request), answer=1))
+        except TeacherRefused as e:
+            if self._checked or isinstance(e, QuotaSpent) or e.status not in UNKNOWN: raise
+            return None  # this server does not know this way
+        return kept[0]
 
-    async def _score_echo(self, text, top_k):
-        request = {'model': self.model, 'prompt': text, 'max_tokens': 1, 'echo': True, 'logprobs': top_k,
-                   'temperature': 0}
-        return _read_echo(await self.wire.post('/completions', request, self.heard), self.model, text)
+    async def _works(self, way: str) -> bool:
+        scored = await self._ask(*self._way(way, _CHECK, 5))
+        if scored is None: return False
+        goes_on = {'model': self.model, 'prompt': _BEFORE, 'max_tokens': 1, 'logprobs': 5, 'temperature': 0}
+        written = await self._ask(_COMPLETIONS, goes_on, lambda data: text_completions(data, self.model)[0])
+        scored.logprobs.tokens = _restore(scored.logprobs.tokens, _CHECK.encode())
+        return _agrees(scored.logprobs, written and written.logprobs)
 
-    async def _check(self, way) -> None:
-        scored = await getattr(self, f'_score_{way}')(_CHECK, 5)
-        if scored is None: raise TeacherRefused(f'{self.url} leaves the logprobs of the text out')
-        request = {'model': self.model, 'prompt': _BEFORE, 'max_tokens': 1, 'logprobs': 5, 'temperature': 0}
-        try:
-            data = await self.wire.post('/completions', request, self.heard)
-            written = text_completions(data, self.model)[0].logprobs
-        except (TeacherRefused, BadReply): return
-        if not _agrees(scored.logprobs, written):
-            raise TeacherRefused(f'{self.url} gives logprobs of the text that belong to other places')
+    async def _find_way(self) -> None:
+        "The first way that works, from now on; raises `NotGiven` where none does."
+        for way in self.scoring:
+            if not await self._works(way): continue
+            self.scoring, self.gives, self._checked = (way,), self.gives | {'prompt_logprobs'}, True
+            return
+        self.scoring, self.gives = (), self.gives - {'prompt_logprobs'}
+        raise self.not_given('prompt_logprobs')
 
     async def ascore(self, text: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, by the first way that this server really knows; raises `NotGiven`."
         if not text: raise BadInput('there is nothing to score: give a text or token ids')
-        size = Size(len(text.encode()) if isinstance(text, str) else len(text), 1)
-        for way in self.scoring:
-            async def attempt(way=way):
-                if not self._checked: await self._check(way)
-                answer = await getattr(self, f'_score_{way}')(text, top_k)
-                if answer is None: raise TeacherRefused(f'{self.url} leaves the logprobs of the text out')
-                answer.text = text if isinstance(text, str) else \
-                    b''.join(answer.logprobs.tokens).decode('utf-8', 'replace') or ' '
-                return answer
-            try: answer = await self.persist(attempt, size)
-            except (TeacherRefused, BadReply) as e:  # this server does not know this way
-                if e.status in (401, 402, 403): raise
-                continue
-            self.scoring, self.gives, self._checked = (way,), self.gives | {'prompt_logprobs'}, True
-            return answer
-        self.gives -= {'prompt_logprobs'}
-        raise self.not_given('prompt_logprobs')
+        if not self._checked: await self._find_way()
+        answer = await self._ask(*self._way(self.scoring[0], text, top_k))
+        if answer is None: raise BadReply(f'{self.url} left the logprobs of this text out; ask again')
+        rows = answer.logprobs
+        if isinstance(text, str): rows.tokens = _restore(rows.tokens, text.encode())
+        answer.text = text if isinstance(text, str) else b''.join(rows.tokens).decode('utf-8', 'replace')
+        return answer
 
 # %% ../../nbs/02_teachers.compatible.ipynb #28c9785f
 @register_teacher('vllm')

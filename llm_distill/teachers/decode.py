@@ -54,18 +54,19 @@ class _Chat(Struct, gc=False):
     model: str = ''
     usage: _Usage|None = None
 
-# %% ../../nbs/02_teachers.decode.ipynb #b7ba5b08
+# %% ../../nbs/02_teachers.decode.ipynb #b575e5cd
 def read(
     data: bytes,    # What a provider sent
     shape: type,    # The struct that it should be
     teacher: str,   # Who sent it, for the message
+    other=None,     # What to give for JSON of another shape; None makes that an error too
 ):                  # An instance of `shape`; raises `BadReply` for anything else
     "Parse a reply."
     try: return _decoder(shape).decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        start = data[:60].decode('utf-8', 'replace')
-        what = f'{start!r}..., which is no whole answer ({e})' if data else 'nothing at all'
-        error = BadReply(f'{teacher} sent {what}; is base_url right? If so, ask again')
+        if other is not None and isinstance(e, msgspec.ValidationError): return other
+        what = 'nothing at all' if not data else 'an HTML page' if data.lstrip()[:1] == b'<' else 'no whole answer'
+        error = BadReply(f'{teacher} sent {what} ({e}); is base_url= right? If so, ask again')
     raise error
 
 _decoders: dict[type, msgspec.json.Decoder] = {}
@@ -122,7 +123,7 @@ def chat_completions(
                        token_logprobs(c.logprobs.content) if c.logprobs and c.logprobs.content else None,
                        c.message.reasoning_content or c.message.reasoning, request_id=reply.id) for c in reply.choices]
 
-# %% ../../nbs/02_teachers.decode.ipynb #90e7aef7
+# %% ../../nbs/02_teachers.decode.ipynb #35e09b5e
 class _Columns(Struct, gc=False):
     tokens: list[str]|None = None
     token_logprobs: list[float|None]|None = None
@@ -161,9 +162,10 @@ def text_completions(data: bytes, teacher: str) -> list[Completion]: # As `chat_
     if not reply.choices: raise BadReply(f'{teacher} sent a reply without an answer; ask again')
     usage = usage_of(reply.usage)
     return [Completion(c.text or '', c.finish_reason, usage, reply.model,
-                       _column_logprobs(c.logprobs) if c.logprobs else None, request_id=reply.id) for c in reply.choices]
+                       _column_logprobs(c.logprobs) if c.logprobs else None, request_id=reply.id)
+            for c in reply.choices]
 
-# %% ../../nbs/02_teachers.decode.ipynb #f531fee3
+# %% ../../nbs/02_teachers.decode.ipynb #f2657cfe
 class _Part(Struct, gc=False):
     type: str = ''
     text: str|None = None
@@ -189,7 +191,7 @@ class _Response(Struct, gc=False):
 def response_completions(data: bytes, teacher: str) -> list[Completion]: # One; as `chat_completions`
     "Read a reply of the Responses API."
     reply = read(data, _Response, teacher)
-    if reply.status == 'failed' or reply.error: raise BadReply(f'{teacher} failed: {str(reply.error)[:200]}; ask again')
+    if reply.status == 'failed' or reply.error: raise BadReply(f'{teacher} failed: {reply.error}; ask again')
     spoken = [part for item in reply.output if item.type == 'message' for part in item.content or []]
     thought = [part.text or '' for item in reply.output if item.type == 'reasoning'
                for part in (item.summary or item.content or [])]

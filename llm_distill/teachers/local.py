@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LocalTeacher']
 
-# %% ../../nbs/02_teachers.local.ipynb #5081d67d
+# %% ../../nbs/02_teachers.local.ipynb #d9802f4f
 import asyncio
 import threading
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from ..models import encode_chat, find_model, fingerprint, load_model, load_tokenizer, token_bytes
 from ..pricing import Price
+from .asking import Size
 from .base import Teacher, register_teacher
 from .logits import score_rows, top_k_rows
 from ..types import BadInput, Completion, Message, Usage
@@ -39,7 +40,7 @@ def _seeded(seed: int|None, device: torch.device):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/02_teachers.local.ipynb #5d220050
+# %% ../../nbs/02_teachers.local.ipynb #9da07244
 @register_teacher('local')
 class LocalTeacher(Teacher):
     "A causal language model in this process."
@@ -129,11 +130,14 @@ class LocalTeacher(Teacher):
 
     async def alogits(self, text: str|list[int]) -> torch.Tensor: # (1, T, V) float32
         "All logits, exact: row t is what the model expects after token t."
-        return (await asyncio.to_thread(self._forward, self.encode(text))).float()[None]
+        return (await self._read(self.encode(text))).float()[None]
+
+    async def _read(self, ids: list[int]) -> torch.Tensor: # (T, V)
+        return await self.fetch(lambda: asyncio.to_thread(self._forward, ids), Size(len(ids), 0), Usage(len(ids)))
 
     async def ascore(self, text: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, exact."
         ids = self.encode(text)
-        rows = score_rows(await asyncio.to_thread(self._forward, ids), ids, top_k, self.names)
+        rows = score_rows(await self._read(ids), ids, top_k, self.names)
         said = text if isinstance(text, str) else self.tokenizer.decode(ids)
         return Completion(said, 'stop', Usage(len(ids), 0), self.model, rows)

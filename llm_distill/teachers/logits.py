@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Logits', 'EstimatedLogits', 'token_name', 'top_k_rows', 'score_rows', 'get_logits', 'TeacherModel']
 
-# %% ../../nbs/02_teachers.logits.ipynb #c84d757d
-import asyncio
+# %% ../../nbs/02_teachers.logits.ipynb #07e85444
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from ..models import token_ids
-from .background import run
+from .background import run, together
 from ..types import BadInput, Completion, NotGiven, TokenLogprobs
 
 # %% ../../nbs/02_teachers.logits.ipynb #393192fb
@@ -119,7 +118,7 @@ def _split(text: str, tokenizer, names) -> list[bytes]:
     if tokenizer is None: return _words(text)
     return [names.get(i, b'') for i in tokenizer(text, add_special_tokens=False)['input_ids']]
 
-# %% ../../nbs/02_teachers.logits.ipynb #0449ce77
+# %% ../../nbs/02_teachers.logits.ipynb #54c0a97c
 async def get_logits(
     teacher,                       # Any `Teacher`
     text: str,                     # Read by teachers that can read, answered by those that can only answer
@@ -160,12 +159,12 @@ def _from_score(scored: Completion, tokenizer, vocab_size) -> EstimatedLogits:
 
 async def _from_samples(teacher, text, tokenizer, vocab_size, n, params) -> EstimatedLogits:
     if n < 1: raise BadInput('n, the number of samples, is 1 or more')
-    answers = await asyncio.gather(*(teacher.agenerate(text, **params) for _ in range(n)))
+    answers = await together(*(teacher.agenerate(text, **params) for _ in range(n)))
     names = {i: t for t, i in token_ids(tokenizer).items()} if tokenizer else {}
     rows = _sample_rows([_split(a.text, tokenizer, names) for a in answers])
     return _Columns([t for row in rows for t in row], tokenizer, vocab_size).logits(rows, 'answer')
 
-# %% ../../nbs/02_teachers.logits.ipynb #bb3bf58d
+# %% ../../nbs/02_teachers.logits.ipynb #e4f4d416
 class TeacherModel(torch.nn.Module):
     "A teacher as a module: `model(input_ids, attention_mask).logits` is (B, T, V)."
     def __init__(
@@ -208,7 +207,7 @@ class TeacherModel(torch.nn.Module):
             out.append(p.log())
         return torch.stack(out)
 
-    async def _rows(self, batch): return await asyncio.gather(*(self._row(ids) for ids in batch))
+    async def _rows(self, batch): return await together(*(self._row(ids) for ids in batch))
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor|None = None, **ignored) -> SimpleNamespace:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['api_for', 'reasons', 'drop', 'OpenAITeacher', 'DeepSeekTeacher']
 
-# %% ../../nbs/02_teachers.openai.ipynb #662928be
+# %% ../../nbs/02_teachers.openai.ipynb #f4d8069a
 import re
 import warnings
 
@@ -13,7 +13,7 @@ from .background import run
 from .base import Teacher, register_teacher
 from .decode import chat_completions, response_completions, text_completions
 from .keys import ApiKey
-from .wire import Wire
+from .wire import Wire, Wired
 from ..types import BadInput, BadReply, Completion, Message, MissingKey, TeacherError
 
 # %% ../../nbs/02_teachers.openai.ipynb #df81d1e5
@@ -41,9 +41,9 @@ def drop(model: str, params: dict, names, why: str) -> None:
         _warned.add((model, *dropped))
         warnings.warn(f'{model} {why}: {", ".join(dropped)} left out', stacklevel=2)
 
-# %% ../../nbs/02_teachers.openai.ipynb #f0108be7
+# %% ../../nbs/02_teachers.openai.ipynb #57f3092d
 @register_teacher('openai')
-class OpenAITeacher(Teacher):
+class OpenAITeacher(Wired, Teacher):
     "A teacher behind the OpenAI protocol."
     gives, max_logprobs = frozenset({'text', 'top_logprobs'}), 20
     provider, default_url, key_variable, needs_key = 'openai', 'https://api.openai.com/v1', 'OPENAI_API_KEY', True
@@ -60,6 +60,7 @@ class OpenAITeacher(Teacher):
     ):
         if api not in (None, *_PATHS): raise BadInput(f'api is one of {", ".join(_PATHS)}, not {api!r}')
         key = ApiKey(api_key, self.key_variable)
+        if self.needs_key and not model: raise BadInput('say which model: model="gpt-4o-mini", for example')
         if self.needs_key and not key: raise MissingKey(f'no API key: set {self.key_variable} or pass api_key=')
         self.wire = Wire(base_url or self.default_url or '', key, timeout=options.get('timeout', 60))
         self.url, self.extra = self.wire.url, extra or {}
@@ -83,7 +84,8 @@ class OpenAITeacher(Teacher):
     def _logprobs_limit(self, params: dict = {}) -> int: # noqa: B006
         "The largest k that may be asked for; 0 for none."
         if self._reasons(params): return 0
-        return 5 if self.api == 'completions' and self.provider == 'openai' else self.max_logprobs or 10**6
+        if self.api == 'completions' and self.provider == 'openai': return 5
+        return 10**6 if self.max_logprobs is None else self.max_logprobs
 
     def body(self, messages: list[Message], logprobs: int|None = None, **params) -> dict:
         "`logprobs=k` asks for the k likeliest tokens at each place."
@@ -126,9 +128,7 @@ class OpenAITeacher(Teacher):
                            'ask without logprobs=, or see .probe() for what it gives')
         return answer
 
-    async def aclose(self) -> None: await self.wire.aclose()
-
-# %% ../../nbs/02_teachers.openai.ipynb #07bf8846
+# %% ../../nbs/02_teachers.openai.ipynb #3b35f781
 @register_teacher('deepseek')
 class DeepSeekTeacher(OpenAITeacher):
     "DeepSeek's API."
@@ -143,6 +143,11 @@ class DeepSeekTeacher(OpenAITeacher):
     ):
         self.thinking = thinking
         super().__init__(model or 'deepseek-v4-flash', *args, **options)
+
+    def body(self, messages: list[Message], **params) -> dict:
+        if isinstance(params.get('thinking'), bool):
+            params['thinking'] = {'type': 'enabled' if params['thinking'] else 'disabled'}
+        return super().body(messages, **params)
 
     def _reasons(self, params: dict) -> bool:
         return params.get('thinking', {'type': 'enabled' if self.thinking else 'disabled'}).get('type') != 'disabled'

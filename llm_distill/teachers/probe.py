@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Card', 'probe']
 
-# %% ../../nbs/02_teachers.probe.ipynb #ce081f3e
-import asyncio
+# %% ../../nbs/02_teachers.probe.ipynb #3b0412ca
 import re
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from .background import together
 from .openai import _READERS
+from .wire import UNKNOWN
 from ..types import BadInput, BadReply, Completion, NotGiven, TeacherRefused, as_messages
 
 # %% ../../nbs/02_teachers.probe.ipynb #612b0f7a
@@ -38,7 +39,7 @@ class Card:
                        for k, v in asdict(self).items())
         return f'<table>{rows}</table>'
 
-# %% ../../nbs/02_teachers.probe.ipynb #9dfde56c
+# %% ../../nbs/02_teachers.probe.ipynb #93970dea
 _QUESTION = as_messages('Write a sentence about something surprising that you saw today.')
 
 class _Asker:
@@ -56,20 +57,21 @@ class _Asker:
                 found[:] = _READERS[self.teacher.api](self.raw, self.teacher.model)
             else: found[:] = [await self.teacher.attempt(request)]
             return found[0]
-        from llm_distill.teachers.asking import request_size
-        try: await self.teacher.persist(attempt, request_size(request))
-        except TeacherRefused: return 'refused'
+        try: await self.teacher.persist(attempt, self.teacher.size(request))
+        except TeacherRefused as e:
+            if e.status not in UNKNOWN: raise
+            return 'refused'
         except BadReply:
             if not found: raise
         return found
 
     async def texts(self, times: int, **params) -> list[str]|str:
         "The texts of several requests, or why there are none."
-        answers = await asyncio.gather(*(self.ask(**params) for _ in range(times)))
+        answers = await together(*(self.ask(**params) for _ in range(times)))
         why = next((a for a in answers if isinstance(a, str)), None)
         return why or [a[0].text or a[0].reasoning or '' for a in answers]
 
-# %% ../../nbs/02_teachers.probe.ipynb #f3725d88
+# %% ../../nbs/02_teachers.probe.ipynb #623b2699
 async def _largest_k(asker) -> tuple[int, Completion|None]:
     "The largest top-k, and an answer that has it."
     for k in (100, 20, 10, 5, 1):
@@ -78,7 +80,8 @@ async def _largest_k(asker) -> tuple[int, Completion|None]:
         if found == 'left out': found = await asker.ask(logprobs=k)
         if isinstance(found, str): continue
         rows = found[0].logprobs
-        return (max((len(r) for r in rows.top_logprobs), default=0), found[0]) if rows else (0, None)
+        if not rows: return 0, None
+        return min(k, max((len(r) for r in rows.top_logprobs), default=0)), found[0]  # some add the token itself
     return 0, None
 
 def _first(answer: Completion) -> dict[bytes, float]:
@@ -91,18 +94,18 @@ def _same(a: dict, b: dict) -> bool:
 
 async def _space(asker, k) -> str:
     "Whether the logprobs change with the temperature."
-    found = await asyncio.gather(*(asker.ask(logprobs=k, temperature=t) for t in (.4, 1.6)))
+    found = await together(*(asker.ask(logprobs=k, temperature=t) for t in (.4, 1.6)))
     if any(isinstance(f, str) or not f[0].logprobs for f in found): return 'unknown'
     return 'raw' if _same(*(_first(f[0]) for f in found)) else 'processed'
 
 async def _temperature(asker) -> str:
-    cold, hot = await asyncio.gather(asker.texts(2, temperature=0.), asker.texts(3, temperature=1.8))
+    cold, hot = await together(asker.texts(2, temperature=0.), asker.texts(3, temperature=1.8))
     if isinstance(cold, str) and isinstance(hot, str): return cold
     if isinstance(hot, str) or isinstance(cold, str): return 'unknown'
     return 'honoured' if len(set(cold)) == 1 and len(set(hot)) > 1 else 'ignored'
 
 async def _seed(asker) -> str:
-    same, other = await asyncio.gather(asker.texts(2, temperature=1.2, seed=1), asker.texts(2, temperature=1.2, seed=2))
+    same, other = await together(asker.texts(2, temperature=1.2, seed=1), asker.texts(2, temperature=1.2, seed=2))
     if isinstance(same, str): return same
     if len({*same, *other}) == 1: return 'unknown'
     return 'honoured' if len(set(same)) == 1 and len(set(other)) == 1 else 'ignored'

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['until', 'read_limits', 'Bucket', 'Turn', 'RateControl']
 
-# %% ../../nbs/02_teachers.rate.ipynb #a1ba4bd8
+# %% ../../nbs/02_teachers.rate.ipynb #44ef835e
 import asyncio
 import math
 import random
 import re
 import threading
 import time
-import weakref
 from collections import deque
 from dataclasses import dataclass
 from datetime import datetime
@@ -123,7 +122,7 @@ class Bucket:
         if entry[0] > self.asked: self.ours -= entry[1]
         entry[1] = 0.
 
-# %% ../../nbs/02_teachers.rate.ipynb #d376b68d
+# %% ../../nbs/02_teachers.rate.ipynb #92a55c91
 @dataclass
 class Turn:
     "A request that was let through."
@@ -141,11 +140,13 @@ class RateControl:
         self.pace, self.refusals = math.inf, 0
         self._slow_start, self._not_before, self._next = True, 0., 0.
         self._cut_at, self._since_cut, self._good_pace, self._grown_at = -math.inf, 0, math.inf, 0.
+        self._left_at = math.inf  # when the last request ended
         self._buckets = {kind: Bucket(kind != 'requests') for kind in _KINDS}
-        self._lock, self._gates = threading.Lock(), weakref.WeakKeyDictionary()
+        self._lock, self._gates = threading.Lock(), {}
 
     def _gate(self) -> tuple[asyncio.Lock, asyncio.Event]:
         loop = asyncio.get_running_loop()
+        for ended in [k for k in self._gates if k.is_closed()]: del self._gates[ended]
         if loop not in self._gates: self._gates[loop] = asyncio.Lock(), asyncio.Event()
         return self._gates[loop]
 
@@ -171,6 +172,8 @@ class RateControl:
             if self.in_flight >= max(1, int(self.limit)): return math.inf
             ready = max(self._not_before, self._next, *(b.ready(costs[k], now) for k, b in self._buckets.items()))
             if ready > now: return ready - now
+            pause = not self.in_flight and now - max(self._not_before, self._next, self._left_at) > 1
+            if pause: self._since_cut, self._cut_at = 0, now  # what came before says nothing about their pace
             self.in_flight += 1
             self._next = max(now, self._next) + 1/self.pace
             return Turn(now, {kind: bucket.take(costs[kind], now) for kind, bucket in self._buckets.items()})
@@ -184,13 +187,19 @@ class RateControl:
             for kind, (limit, remaining, reset) in limits.items():
                 self._buckets[kind].learn(limit, remaining, reset, turn.sent_at, time.monotonic())
 
-    def leave(self, turn: Turn, refused: bool = False, wait_s: float|None = None) -> None:
-        "A request has ended; `refused` with 429 or 529, with the wait that the provider asked for."
+    def leave(
+        self,
+        turn: Turn,
+        answered: bool = True,       # A failure says nothing about the limit
+        refused: bool = False,       # With 429 or 529
+        wait_s: float|None = None,   # What the provider asked to wait
+    ) -> None:
+        "A request has ended."
         with self._lock:
             self.in_flight -= 1
-            now = time.monotonic()
+            now = self._left_at = time.monotonic()
             if refused: self._shrink(turn, now, wait_s)
-            else: self._grow(now)
+            elif answered: self._grow(now)
         for loop, (_, changed) in list(self._gates.items()):
             if not loop.is_closed(): loop.call_soon_threadsafe(changed.set)
 
@@ -207,7 +216,7 @@ class RateControl:
         if self._since_cut:
             self._good_pace = self._since_cut/max(now - self._cut_at, .05)
             self.pace = max(.02, .8*min(self.pace, self._good_pace))
-        elif math.isinf(self.pace): self.pace = 1/max(.2, wait_s or 1.)
+        elif math.isinf(self.pace): self.pace = max(.02, 1/max(.2, 1. if wait_s is None else wait_s))
 
     def _grow(self, now):
         if self._cut_at > -math.inf: self._since_cut += 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_provider', 'teacher_settings', 'create_teacher']
 
-# %% ../../nbs/02_teachers.registry.ipynb #3e5a9caf
+# %% ../../nbs/02_teachers.registry.ipynb #3e3e2b97
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .base import Teacher, providers
+from .keys import ApiKey
 from ..types import BadInput
 
 # %% ../../nbs/02_teachers.registry.ipynb #d7f342a3
@@ -30,10 +31,11 @@ def find_provider(
         raise BadInput(f'unknown provider {name!r}; there are: {", ".join(sorted({*providers, *_MODULES}))}')
     return providers[name]
 
-# %% ../../nbs/02_teachers.registry.ipynb #66154a0d
+# %% ../../nbs/02_teachers.registry.ipynb #e6780fe5
 _NAMES = {'use_api': 'use_api', 'api_type': 'provider', 'api_model': 'model', 'api_base_url': 'base_url',
           'api_temperature': 'temperature', 'api_max_tokens': 'max_tokens', 'api_timeout': 'timeout'}
-_NUMBERS = {'temperature': float, 'max_tokens': int, 'timeout': float, 'max_retries': int, 'retry_delay': float}
+_NUMBERS = {'temperature': float, 'max_tokens': int, 'timeout': float, 'max_retries': int, 'retry_delay': float,
+            'retry_cap': float, 'concurrency': int, 'budget': float}
 _YES, _NO = {'1', 'true', 'yes', 'on'}, {'0', 'false', 'no', 'off'}
 
 def _value(name: str, said, where: str):
@@ -42,7 +44,7 @@ def _value(name: str, said, where: str):
         word = str(said).strip().lower()
         if word not in _YES | _NO: raise BadInput(f'{where} is true or false, not {said!r}')
         return word in _YES
-    if name not in _NUMBERS: return said
+    if name not in _NUMBERS or not isinstance(said, str|int|float): return said
     try: return _NUMBERS[name](said)
     except (TypeError, ValueError): raise BadInput(f'{where} is a number, not {said!r}') from None
 
@@ -73,7 +75,7 @@ def teacher_settings(
     own -= {'provider', 'base_url'}
     return {'provider': 'local', **{k: v for k, v in settings.items() if k in own}}
 
-# %% ../../nbs/02_teachers.registry.ipynb #0d4cffcb
+# %% ../../nbs/02_teachers.registry.ipynb #b1a314d7
 def create_teacher(
     provider: str|None = None,  # openai, deepseek, anthropic, openai-compatible, custom, local, ...; None: see `config`
     model: str|None = None,     # The model's name there
@@ -86,9 +88,11 @@ def create_teacher(
     **more,                     # What else the class takes: temperature, max_tokens, budget, concurrency, ...
 ) -> Teacher:                   # Raises `BadInput` or `MissingKey`
     "Make a teacher."
+    api_key = None if api_key is None else ApiKey(api_key)  # from here on it shows itself nowhere
     given = dict(provider=provider, model=model, api_key=api_key, base_url=base_url, timeout=timeout,
                  max_retries=max_retries, retry_delay=retry_delay, **more)
     settings = teacher_settings(config, {} if provider or 'api_type' in more else None, **given)
     name = settings.pop('provider', None)
     if not name: raise BadInput('say whom to ask: create_teacher("openai", ...), or set API_TYPE')
-    return find_provider(name)(**settings)
+    left_out = {k: None for k, v in more.items() if v is None and k not in _NAMES.values()}  # e.g. logits_path=None
+    return find_provider(name)(**left_out | settings)

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['FIELDS', 'logits_array', 'RestTeacher']
 
-# %% ../../nbs/02_teachers.rest.ipynb #5f10c745
+# %% ../../nbs/02_teachers.rest.ipynb #d6f4e461
 import base64
 import binascii
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from .asking import Size
+from .asking import Size, request_size
 from .base import Teacher, register_teacher
 from .keys import ApiKey
-from .wire import Wire
+from .wire import Wire, Wired
 from ..types import BadInput, BadReply, Completion, Message, Usage
 
 # %% ../../nbs/02_teachers.rest.ipynb #4a23921c
@@ -38,9 +39,9 @@ def logits_array(
     if np.isnan(rows).any(): raise ValueError('some of them are not numbers')
     return rows
 
-# %% ../../nbs/02_teachers.rest.ipynb #533a7a39
+# %% ../../nbs/02_teachers.rest.ipynb #4323db97
 @register_teacher('custom')
-class RestTeacher(Teacher):
+class RestTeacher(Wired, Teacher):
     "A REST service with `/generate` and, where it has them, `/logits`."
     gives, key_variable = frozenset({'text', 'logits'}), 'CUSTOM_API_KEY'
 
@@ -77,6 +78,9 @@ class RestTeacher(Teacher):
         text = '\n'.join(m['content'] for m in messages)
         return self._named(input=text, max_tokens=max_tokens, temperature=temperature) | self.extra | params
 
+    def size(self, request: dict) -> Size:
+        return replace(request_size(request), answer=request.get(self.fields['max_tokens']))
+
     async def _ask(self, path, request) -> dict:
         data = await self.wire.post(path, request, self.heard)
         try: reply = msgspec.json.decode(data)
@@ -98,21 +102,20 @@ class RestTeacher(Teacher):
         if not isinstance(text, str):
             raise BadReply(f'{self.url}{self.generate_path} sent {sorted(reply)} and no {self.fields["text"]!r}; '
                            'fields={"text": ...} names the field to read')
-        return Completion(text, reply.get('finish_reason') or 'stop', Usage(), self.model)
+        used = reply.get('usage') if isinstance(reply.get('usage'), dict) else {}
+        counts = [used.get(k) if isinstance(used.get(k), int) else 0 for k in ('prompt_tokens', 'completion_tokens')]
+        return Completion(text, reply.get('finish_reason') or 'stop', Usage(*counts), self.model)
 
     async def alogits(self, text: str) -> np.ndarray: # (1, T, V)
         "The service's logits for each token of a text; raises `NotGiven` where it has none."
         if not self.logits_path: raise self.not_given('logits')
-        found = []
-        async def attempt():
+        async def ask():
             reply = await self._ask(self.logits_path, self._named(input=text, return_logits=True) | self.extra)
-            try: found.append(logits_array(self._found(reply, 'logits'), self._found(reply, 'shape')))
+            try: return logits_array(self._found(reply, 'logits'), self._found(reply, 'shape'))
             except (ValueError, TypeError, binascii.Error) as e:
-                error = BadReply(f'{self.url}{self.logits_path}: no logits ({e})')
-            else: return Completion('logits')
+                error = BadReply(f'{self.url}{self.logits_path} sent no logits ({e}); is it the right path?')
             raise error
-        await self.persist(attempt, Size(len(text.encode()), 0))
-        return found[-1]
+        return await self.fetch(ask, Size(len(text.encode()), 0))
 
     async def ascore(self, text: str, top_k: int = 20) -> Completion:
         "Teacher forcing, from the service's logits and the tokenizer's ids."
@@ -126,5 +129,3 @@ class RestTeacher(Teacher):
                            'tokenizer= is another one than its own')
         rows = score_rows(logits, ids, top_k, token_bytes(self.tokenizer))
         return Completion(text, 'stop', Usage(len(ids), 0), self.model, rows)
-
-    async def aclose(self) -> None: await self.wire.aclose()
