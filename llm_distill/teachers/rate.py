@@ -56,13 +56,15 @@ def read_limits(
             if limit > 0 and reset is not None: found[kind] = limit, remaining, reset; break
     return found
 
-# %% ../../nbs/02_teachers.rate.ipynb #0926bb89
+# %% ../../nbs/02_teachers.rate.ipynb #9baee110
+_OVERTAKING = .05  # Seconds by which a request may arrive after one that was sent later
+
 class Bucket:
     "What a provider will still let in of one kind, as far as its headers tell."
     def __init__(self, learns_scale: bool):
         self.limit, self.remaining, self.refill, self.size = math.inf, math.inf, 0., math.inf
         self.asked, self.at, self.end = -math.inf, 0., 0.  # when the newest view was asked for, came, and all is back
-        self.sent, self.ours = deque(), 0.     # [when, cost] of what was sent since, and the sum of the costs
+        self.sent, self.ours = deque(), 0.     # [when, cost, answered] of what was sent since; the sum of the costs
         self.scale = 1.                        # what they charge for one of ours
         self._theirs, self._counted = 0., 0.   # sums behind it, with the older ones fading
         self._anchor, self._most, self._learns = None, 0., learns_scale
@@ -71,13 +73,14 @@ class Bucket:
         "Take over what the reply to a request that was sent at `sent_at` says."
         if sent_at < self.asked: return  # an older view, overtaken by a newer one
         if self._anchor is None: self._anchor, self.refill, self.size = (remaining, reset), limit/60, remaining
-        self._learn_scale(remaining, sent_at, now)
+        charged = [e for e in self.sent if e[0] <= sent_at and (e[2] or e[0] <= sent_at - _OVERTAKING)]
+        self._learn_scale(sum(e[1] for e in charged), remaining, now)
         self._learn_refill(limit, remaining, reset)
         self.limit, self.remaining, self.asked, self.at, self.end = limit, remaining, sent_at, now, now + reset
         self._most = max(self._most, remaining)
         self.size = remaining + self.refill*reset if self.refill else self._most
-        while self.sent and self.sent[0][0] <= sent_at: self.sent.popleft()
-        self.ours = sum(cost for _, cost in self.sent)
+        for entry in charged: self.sent.remove(entry)
+        self.ours = sum(e[1] for e in self.sent)
 
     def _learn_refill(self, limit, remaining, reset):
         less, longer = self._anchor[0] - remaining, reset - self._anchor[1]
@@ -88,13 +91,12 @@ class Bucket:
         self.refill = 0. if not fills else usual if abs(rate/usual - 1) < .2 else rate
         self._anchor = remaining, reset
 
-    def _learn_scale(self, remaining, sent_at, now):
-        ours = sum(cost for at, cost in self.sent if at <= sent_at)
-        if not self._learns or not ours or remaining >= .99*self.size or math.isinf(self.limit): return
+    def _learn_scale(self, ours, remaining, now):
+        if not self._learns or remaining >= .99*self.size or math.isinf(self.limit): return
         # Requests overtake each other on the way, so single charges mislead; in the sums that cancels out.
         self._theirs = .98*self._theirs + self.remaining + self.refill*(now - self.at) - remaining
         self._counted = .98*self._counted + ours
-        self.scale = 1.03*min(20., max(.02, self._theirs/self._counted))
+        if self._counted: self.scale = 1.03*min(20., max(.02, self._theirs/self._counted))
 
     def free(self, now: float) -> float:
         "What could be sent now."
@@ -111,7 +113,7 @@ class Bucket:
         return now + missing/self.refill if self.refill else max(self.end, now + .1)
 
     def take(self, cost: float, now: float) -> list: # What `give_back` takes
-        entry = [now, cost]
+        entry = [now, cost, False]
         self.sent.append(entry)
         self.ours += cost
         if math.isinf(self.limit) and len(self.sent) > 1024: self.ours -= self.sent.popleft()[1]
@@ -119,10 +121,10 @@ class Bucket:
 
     def give_back(self, entry: list) -> None:
         "A request was refused, so it was not charged for."
-        if entry[0] > self.asked: self.ours -= entry[1]
+        if any(e is entry for e in self.sent): self.ours -= entry[1]
         entry[1] = 0.
 
-# %% ../../nbs/02_teachers.rate.ipynb #92a55c91
+# %% ../../nbs/02_teachers.rate.ipynb #c70bbe2d
 @dataclass
 class Turn:
     "A request that was let through."
@@ -182,8 +184,9 @@ class RateControl:
         "Read the limits in a reply's headers."
         limits = read_limits(headers)
         with self._lock:
-            if refused:
-                for kind, entry in turn.costs.items(): self._buckets[kind].give_back(entry)
+            for kind, entry in turn.costs.items():
+                entry[2] = True
+                if refused: self._buckets[kind].give_back(entry)
             for kind, (limit, remaining, reset) in limits.items():
                 self._buckets[kind].learn(limit, remaining, reset, turn.sent_at, time.monotonic())
 

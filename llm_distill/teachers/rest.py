@@ -20,15 +20,16 @@ from .keys import ApiKey
 from .wire import Wire, Wired
 from ..types import BadInput, BadReply, Completion, Message, Usage
 
-# %% ../../nbs/02_teachers.rest.ipynb #4a23921c
+# %% ../../nbs/02_teachers.rest.ipynb #a56ae123
 FIELDS = {'input': 'input', 'max_tokens': 'max_tokens', 'temperature': 'temperature', 'return_logits': 'return_logits',
           'text': 'text', 'logits': 'logits', 'shape': 'shape'}
 
 def logits_array(
-    found: Any,                     # Nested lists, or base64 of little-endian float16
+    found: Any,                     # Nested lists, base64 of little-endian float16, or {"data", "shape"} with it
     shape: list[int]|None = None,   # Of base64
 ) -> np.ndarray:                    # (1, T, V) float32; raises ValueError
     "Logits as a service sends them."
+    if isinstance(found, dict): found, shape = found.get('data'), found.get('shape')
     if isinstance(found, str):
         if not shape: raise ValueError('base64 logits need their shape beside them')
         found = np.frombuffer(base64.b64decode(found, validate=True), '<f2').reshape(shape)
