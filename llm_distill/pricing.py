@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['training_terms', 'Price', 'set_price', 'find_price', 'price', 'Estimate', 'estimate_cost', 'Budget']
 
-# %% ../nbs/01_pricing.ipynb #790cc858
+# %% ../nbs/01_pricing.ipynb #c9639a1b
 import asyncio
 import math
 import re
 import threading
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -37,7 +37,7 @@ def training_terms(
     return next((terms for start, terms in _TERMS.items() if name.startswith(start) and terms[1].endswith(')')),
                 ('unknown', None))
 
-# %% ../nbs/01_pricing.ipynb #52e522d0
+# %% ../nbs/01_pricing.ipynb #239b17a7
 @dataclass(frozen=True)
 class Price:
     "What a model costs, in US dollars for a million tokens."
@@ -46,6 +46,7 @@ class Price:
     input: float                       # Tokens of the question
     output: float                      # Tokens of the answer, thinking included
     cached_input: float|None = None    # Those of the question that the provider had cached; None: as `input`
+    cache_write: float|None = None     # Those that it was asked to cache; None: as `input`
     batch_input: float|None = None     # The same by the provider's batch API; None where it has none
     batch_output: float|None = None
     as_of: str|None = None             # The newest date that the list gives for this entry, YYYY-MM-DD
@@ -55,7 +56,7 @@ class Price:
     _listed: tuple|None = field(default=None, repr=False, compare=False) # For prices that depend on length or hour
 
     def __post_init__(self):
-        rates = self.input, self.output, self.cached_input, self.batch_input, self.batch_output
+        rates = self.input, self.output, self.cached_input, self.cache_write, self.batch_input, self.batch_output
         if any(r is not None and not (r >= 0 and math.isfinite(r)) for r in rates):
             raise BadInput(f'a price is 0 or more dollars, not {rates}')
 
@@ -65,18 +66,20 @@ class Price:
         if self._listed: return _listed_usd(*self._listed, usage, batch)
         into, out = (self.batch_input, self.batch_output) if batch else (self.input, self.output)
         cached = into if self.cached_input is None else min(into, self.cached_input)
-        return ((usage.prompt_tokens - usage.cached_tokens)*into + usage.cached_tokens*cached
+        write = into if batch or self.cache_write is None else self.cache_write
+        plain = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens
+        return (plain*into + usage.cached_tokens*cached + usage.cache_write_tokens*write
                 + usage.completion_tokens*out)/1e6
 
     def as_dict(self) -> dict:
         "For a manifest."
         return {k: v for k, v in asdict(replace(self, _listed=None)).items() if k != '_listed'}
 
-# %% ../nbs/01_pricing.ipynb #b339597a
+# %% ../nbs/01_pricing.ipynb #99c4487e
 def _listed_usd(provider, model, usage, batch) -> float:
     from genai_prices import Usage as Tokens
     tokens = Tokens(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens,
-                    cache_read_tokens=usage.cached_tokens)
+                    cache_read_tokens=usage.cached_tokens, cache_write_tokens=usage.cache_write_tokens)
     context = {'processing': 'batch'} if batch else None
     return float(model.calc_price(tokens, provider, price_context=context).total_price)
 
@@ -127,25 +130,25 @@ def find_price(
                        'in dollars for a million tokens (0 for a server of your own)') from e
     return _from_list(model, seller, entry)
 
-# %% ../nbs/01_pricing.ipynb #a0e19645
+# %% ../nbs/01_pricing.ipynb #ea02659d
 def _from_list(model, seller, entry) -> Price:
     from datetime import datetime, timezone
     now = datetime.now(timezone.utc)
     usual, batch = entry.get_prices(now), entry.get_prices(now, {'processing': 'batch'})
     has_batch = any(v.when == {'processing': 'batch'} for v in entry.price_variants or [])
-    rates = [usual.input_mtok, usual.output_mtok, usual.cache_read_mtok,
+    rates = [usual.input_mtok, usual.output_mtok, usual.cache_read_mtok, usual.cache_write_mtok,
              *((batch.input_mtok, batch.output_mtok) if has_batch else (None, None))]
     if rates[0] is None and rates[1] is None:
         raise BadInput(f'{model!r} is not sold by the token; '
                        f'set_price({model!r}, input=..., output=...) says otherwise')
     varies = not isinstance(entry.prices, type(usual)) or any(hasattr(r, 'tiers') for r in rates)
-    into, out, cached, *batched = [None if r is None else float(getattr(r, 'base', r)) for r in rates]
+    into, out, cached, write, *batched = [None if r is None else float(getattr(r, 'base', r)) for r in rates]
     training, terms = training_terms(seller.id, model)
-    return Price(model, seller.id, into or 0., out or 0., cached, *batched,
+    return Price(model, seller.id, into or 0., out or 0., cached, write, *batched,
                  as_of=max(_dates(entry), default=_newest_date()), source=f'genai-prices {version("genai-prices")}',
                  training=training, terms=terms, _listed=(seller, entry) if varies else None)
 
-# %% ../nbs/01_pricing.ipynb #717376e9
+# %% ../nbs/01_pricing.ipynb #0c5137bc
 def price(
     usage: Usage,          # Tokens in and out
     model: str,            # A priced model, e.g. "gpt-4o-mini"
@@ -154,7 +157,7 @@ def price(
 ) -> float:                # US dollars; raises `BadInput` for a model without a known price
     "What these tokens cost at the price of `model`."
     n = max(requests, 1)
-    mean = Usage(round(usage.prompt_tokens/n), round(usage.completion_tokens/n), round(usage.cached_tokens/n))
+    mean = Usage(*(round(count/n) for count in astuple(usage)))
     return find_price(model).usd(mean, batch)*n
 
 # %% ../nbs/01_pricing.ipynb #923cd1aa
@@ -190,9 +193,9 @@ def estimate_cost(
     low, high = total(bytes_per_token[1], answer_share[0]), total(bytes_per_token[0], answer_share[1])
     return Estimate(len(sizes), low, high, price)
 
-# %% ../nbs/01_pricing.ipynb #15f8b72b
+# %% ../nbs/01_pricing.ipynb #908c6d2e
 class Budget:
-    "At most so many US dollars; may be shared by teachers and threads."
+    "At most so many US dollars; shared by teachers and threads, but not by processes: a pickle counts for itself."
     def __init__(self, usd: float): # The cap
         if not usd > 0: raise BadInput(f'a budget is more than 0 dollars, not {usd!r}')
         self.__setstate__({'usd': float(usd), 'spent': 0., 'reserved': 0.})
@@ -214,9 +217,10 @@ class Budget:
     async def areserve(self, usd: float) -> None:
         "Wait until others have settled and there is room; first come, first served."
         loop = asyncio.get_running_loop()
-        for ended in [k for k in self._queues if k.is_closed()]: del self._queues[ended]
-        if loop not in self._queues: self._queues[loop] = asyncio.Lock()
-        async with self._queues[loop]:
+        with self._lock:
+            for ended in [k for k in self._queues if k.is_closed()]: del self._queues[ended]
+            queue = self._queues.setdefault(loop, asyncio.Lock())
+        async with queue:
             while not self.reserve(usd): await asyncio.sleep(.02)
 
     def settle(self, reserved: float, spent: float) -> None:

@@ -63,20 +63,21 @@ class QuotaSpent(TeacherRefused): "The account has no credit left."
 class MissingKey(TeacherError, ValueError): "No API key was given."
 class NotGiven(TeacherError, NotImplementedError): "This teacher cannot say that; the message names those that can."
 
-# %% ../nbs/00_types.ipynb #94317389
+# %% ../nbs/00_types.ipynb #110a1ae5
 @dataclass(frozen=True)
 class Usage:
     "What a request was charged for, in tokens."
     prompt_tokens: int = 0      # Of the question, those below included
     completion_tokens: int = 0  # Of the answer, thinking included
     cached_tokens: int = 0      # Of the question, those that the provider had in its own prompt cache and sells cheaper
+    cache_write_tokens: int = 0 # Of the question, those that it was asked to cache, which some sell dearer
 
     @property
     def total_tokens(self) -> int: return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: 'Usage') -> 'Usage':
         return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens,
-                     self.cached_tokens + other.cached_tokens)
+                     self.cached_tokens + other.cached_tokens, self.cache_write_tokens + other.cache_write_tokens)
 
 # %% ../nbs/00_types.ipynb #8a06c25b
 @dataclass

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['STREAM_ABOVE', 'message_completion', 'AnthropicTeacher']
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #ca91519d
+# %% ../../nbs/02_teachers.anthropic.ipynb #babcfceb
+import os
+
 from msgspec import Struct
 
 from .base import Teacher, register_teacher
-from .decode import _Usage, read, usage_of
+from .decode import UsageFields, read, usage_of
 from .keys import ApiKey
 from .openai import drop
 from .wire import Wire, Wired
 from ..types import BadInput, BadReply, Completion, Message, MissingKey
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #592c158f
+# %% ../../nbs/02_teachers.anthropic.ipynb #6290ce2b
 class _Block(Struct, gc=False):
     type: str = ''
     text: str|None = None
@@ -26,7 +28,7 @@ class _Answer(Struct, gc=False):
     stop_reason: str|None = None
     id: str|None = None
     model: str = ''
-    usage: _Usage|None = None
+    usage: UsageFields|None = None
 
 _REASONS = {'end_turn': 'stop', 'stop_sequence': 'stop', 'max_tokens': 'length', 'refusal': 'content_filter'}
 
@@ -38,7 +40,7 @@ def message_completion(data: bytes, teacher: str) -> Completion: # Raises `BadRe
                       reasoning=''.join(b.thinking or '' for b in reply.content if b.type == 'thinking') or None,
                       request_id=reply.id)
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #532707ad
+# %% ../../nbs/02_teachers.anthropic.ipynb #4df7af63
 STREAM_ABOVE = 21_333  # tokens: the SDK expects 128,000 an hour and refuses to wait longer than ten minutes
 
 @register_teacher('anthropic', 'claude')
@@ -50,7 +52,7 @@ class AnthropicTeacher(Wired, Teacher):
         self,
         model: str|None = None,     # E.g. "claude-haiku-4-5"
         api_key: str|ApiKey|None = None, # None reads the environment at each request
-        base_url: str|None = None,  # Without "/v1"
+        base_url: str|None = None,  # Without "/v1"; None looks into ANTHROPIC_BASE_URL, as the SDK does
         cache_as: str|None = None,  # Its name in the cache in place of the URL
         extra: dict|None = None,    # Further fields for each request, e.g. {"thinking": {"type": "adaptive"}}
         **options,                  # As for `Teacher`: timeout, max_retries, budget, max_tokens, ...
@@ -58,8 +60,8 @@ class AnthropicTeacher(Wired, Teacher):
         if not model: raise BadInput('say which model: model="claude-haiku-4-5", for example')
         key = ApiKey(api_key, self.key_variable)
         if not key: raise MissingKey(f'no API key: set {self.key_variable} or pass api_key=')
-        base_url = (base_url or self.default_url).rstrip('/').removesuffix('/v1')
-        self.wire = Wire(base_url, key, 'anthropic', options.get('timeout', 60))
+        base_url = base_url or os.environ.get('ANTHROPIC_BASE_URL') or self.default_url
+        self.wire = Wire(base_url.rstrip('/').removesuffix('/v1'), key, 'anthropic', options.get('timeout', 60))
         self.url, self.extra = self.wire.url, extra or {}
         super().__init__(model, cache_as or self.url, **options)
 

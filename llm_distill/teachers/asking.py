@@ -21,7 +21,7 @@ from .keys import ApiKey
 from .rate import RateControl, Turn
 from ..types import BadInput, BadReply, Completion, TeacherBusy, TeacherError, TeacherTimeout, Usage
 
-# %% ../../nbs/02_teachers.asking.ipynb #2d3732e5
+# %% ../../nbs/02_teachers.asking.ipynb #73ee7525
 @dataclass
 class Stats:
     "What a teacher was asked so far."
@@ -32,7 +32,7 @@ class Stats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0      # Of the prompt tokens, those from the provider's own cache
-    seconds_waited: float = 0.  # Between attempts
+    seconds_waited: float = 0.  # Between attempts, and for the provider's limit
     usd: float|None = 0.        # What the answers cost at today's price; None where the price is not known
     usd_unknown: float = 0.     # The most that failed attempts may have cost besides, counted under a budget
 
@@ -64,7 +64,7 @@ def request_size(
     answers = max(request.get('n') or 1, request.get('best_of') or 1)
     return Size(prompt, None if longest is None else longest*answers)
 
-# %% ../../nbs/02_teachers.asking.ipynb #0153e217
+# %% ../../nbs/02_teachers.asking.ipynb #4352e85b
 _turn: ContextVar[Turn|None] = ContextVar('turn', default=None)
 _log = logging.getLogger('llm_distill')
 _told: set = set()  # whose terms were shown
@@ -164,7 +164,8 @@ class Asking:
         spent, refused, wait_s = worst, False, None   # whatever ends this may have been charged, until we know better
         turn, known = None, False
         try:
-            turn = await self.rate.enter(size.prompt/4, self._expected(size))
+            turn = await self.rate.enter(size.prompt/4, self._expected(size), self.retry_cap)
+            if turn.waited_s: self.stats.add(seconds_waited=turn.waited_s)
             _turn.set(turn)
             answer = await asyncio.wait_for(attempt(), self.timeout)
             self._count(answer.usage)
@@ -184,9 +185,9 @@ class Asking:
             raise
         finally:
             if turn is None: spent = 0.
-            else: self.rate.leave(turn, known, refused, wait_s)
             if worst: self.budget.settle(worst, spent)
             if spent and not known: self.stats.add(usd_unknown=spent)
+            if turn is not None: self.rate.leave(turn, known, refused, wait_s)
         raise error
 
     def _expected(self, size: Size) -> float: # Tokens
@@ -198,7 +199,7 @@ class Asking:
         price = self.price
         if size.answer is None and price.output:
             raise BadInput('under a budget a request has to say how long its answer may be: give max_tokens=')
-        worst = price.usd(Usage(size.prompt, size.answer or 0))
+        worst = max(price.usd(Usage(size.prompt, size.answer or 0, cache_write_tokens=n)) for n in (0, size.prompt))
         await self.budget.areserve(worst)
         return worst
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CompatibleTeacher', 'VLLMTeacher', 'SGLangTeacher']
 
-# %% ../../nbs/02_teachers.compatible.ipynb #1e474174
+# %% ../../nbs/02_teachers.compatible.ipynb #ceded4ca
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +13,12 @@ from msgspec import Struct
 
 from .asking import request_size
 from .base import register_teacher
-from .decode import _Usage, read, text_completions, usage_of
+from .decode import UsageFields, read, text_completions, usage_of
 from .openai import OpenAITeacher
 from .wire import UNKNOWN
 from ..types import BadInput, BadReply, Completion, QuotaSpent, TeacherRefused, TokenLogprobs, Usage
 
-# %% ../../nbs/02_teachers.compatible.ipynb #25f0e930
+# %% ../../nbs/02_teachers.compatible.ipynb #b3293640
 class _Ranked(Struct, gc=False):
     logprob: float
     decoded_token: str|None = None
@@ -26,7 +26,7 @@ class _Ranked(Struct, gc=False):
 class _VLLMChoice(Struct, gc=False): prompt_logprobs: list[dict[str, _Ranked]|None]|None = None
 class _VLLM(Struct, gc=False):
     choices: list[_VLLMChoice]
-    usage: _Usage|None = None
+    usage: UsageFields|None = None
     model: str = ''
     prompt_logprobs: list[dict[str, _Ranked]|None]|None = None
 
@@ -51,7 +51,7 @@ def _read_vllm(data: bytes, teacher: str, top_k: int) -> Completion|None: # None
         rows.append(sorted(entries, key=lambda e: -e[0])[:top_k])
     return Completion('', 'stop', usage_of(reply.usage), reply.model, _from_entries(chosen, rows))
 
-# %% ../../nbs/02_teachers.compatible.ipynb #b50e8bfe
+# %% ../../nbs/02_teachers.compatible.ipynb #9f81d2b3
 class _Meta(Struct, gc=False):
     input_token_logprobs: list[tuple]|None = None
     input_top_logprobs: list[list[tuple]|None]|None = None
@@ -64,7 +64,7 @@ def _read_sglang(data: bytes, teacher: str) -> Completion|None:
     if not meta or not meta.input_token_logprobs: return None
     chosen, rows = meta.input_token_logprobs, [row or [] for row in meta.input_top_logprobs or []]
     rows += [[] for _ in range(len(chosen) - len(rows))]
-    usage = usage_of(_Usage(prompt_tokens=meta.prompt_tokens))
+    usage = usage_of(UsageFields(prompt_tokens=meta.prompt_tokens))
     return Completion('', 'stop', usage, teacher, _from_entries(chosen, rows))
 
 def _read_echo(data: bytes, teacher: str, text: str|list[int]) -> Completion|None:
@@ -113,10 +113,11 @@ def _agrees(scored: TokenLogprobs, written: TokenLogprobs|None) -> bool:
     return bool(shared) and max(here, key=here.get) == max(there, key=there.get) \
         and float(np.median([abs(here[t] - there[t]) for t in shared])) < .2
 
-# %% ../../nbs/02_teachers.compatible.ipynb #7e9020e2
+# %% ../../nbs/02_teachers.compatible.ipynb #676e7d7b
 @register_teacher('openai-compatible', 'llama.cpp', 'ollama')
 class CompatibleTeacher(OpenAITeacher):
     "Any server that speaks the OpenAI protocol."
+    url_variable = None
     provider, default_url, key_variable, needs_key = None, None, 'OPENAI_COMPATIBLE_API_KEY', False
     max_logprobs, reads_ids = None, True  # how large a k, is for the server to say
     scoring = ('vllm', 'sglang', 'echo')  # ways to try; after the first success, the one that works
@@ -162,8 +163,9 @@ class CompatibleTeacher(OpenAITeacher):
         self.scoring, self.gives = (), self.gives - {'prompt_logprobs'}
         raise self.not_given('prompt_logprobs')
 
-    async def ascore(self, text: str|list[int], top_k: int = 20) -> Completion:
+    async def ascore(self, text_or_ids: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, by the first way that this server really knows; raises `NotGiven`."
+        text = text_or_ids
         if not text: raise BadInput('there is nothing to score: give a text or token ids')
         if not self._checked: await self._find_way()
         answer = await self._ask(*self._way(self.scoring[0], text, top_k))

@@ -40,7 +40,7 @@ def _seeded(seed: int|None, device: torch.device):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/02_teachers.local.ipynb #9da07244
+# %% ../../nbs/02_teachers.local.ipynb #587cd9cf
 @register_teacher('local')
 class LocalTeacher(Teacher):
     "A causal language model in this process."
@@ -68,6 +68,9 @@ class LocalTeacher(Teacher):
         self.tokenizer = tokenizer or load_tokenizer(place)
         self.names, self.lock = token_bytes(self.tokenizer), threading.Lock()
 
+    def __getstate__(self): return super().__getstate__() | {'lock': None}
+    def __setstate__(self, state): super().__setstate__(state | {'lock': threading.Lock()})
+
     @staticmethod
     def _model_terms(place: str):
         from llm_distill.pricing import training_terms
@@ -93,13 +96,15 @@ class LocalTeacher(Teacher):
     @torch.inference_mode()
     def _generate(self, request: dict, gone) -> Completion:
         prompt = encode_chat(self.tokenizer, request['messages'])
+        room = self._context() - len(prompt)
+        if room < 1: raise BadInput(f'{self.model} reads {self._context()} tokens at most, and this is {len(prompt)}')
         k, stop, warm = request.get('logprobs'), request.get('stop') or [], request['temperature'] > 0
         stop = [stop] if isinstance(stop, str) else stop
         def said(ids): return self.tokenizer.decode(ids[len(prompt):], skip_special_tokens=True)
         ends = self.llm.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
         config = GenerationConfig(
-            max_new_tokens=request['max_tokens'], do_sample=warm, eos_token_id=ends,
+            max_new_tokens=min(request['max_tokens'], room), do_sample=warm, eos_token_id=ends,
             pad_token_id=self.tokenizer.pad_token_id, output_logits=bool(k), return_dict_in_generate=True,
             **({name: request[name] for name in ('temperature', 'top_p', 'top_k')} if warm else {}))
         with self.lock, _seeded(request.get('seed'), self.llm.device):
@@ -114,11 +119,15 @@ class LocalTeacher(Teacher):
         return Completion(text[:cut], 'stop' if done or cut is not None else 'length', Usage(len(prompt), len(new)),
                           self.model, rows)
 
+    def _context(self) -> int: return getattr(self.llm.config, 'max_position_embeddings', None) or 10**9 # tokens
+
     def encode(self, text: str|list[int]) -> list[int]:
         "Token ids of a text as it stands; ids pass."
         ids = list(text) if not isinstance(text, str) else self.tokenizer(text)['input_ids']
         if not ids: raise BadInput('there is nothing to read: give a text or token ids')
         size = self.llm.get_input_embeddings().weight.shape[0]
+        if len(ids) > self._context():
+            raise BadInput(f'{self.model} reads {self._context()} tokens at most, and this is {len(ids)}')
         if min(ids) < 0 or max(ids) >= size: raise BadInput(f'token ids of {self.model} are 0 to {size - 1}')
         return ids
 
@@ -135,9 +144,9 @@ class LocalTeacher(Teacher):
     async def _read(self, ids: list[int]) -> torch.Tensor: # (T, V)
         return await self.fetch(lambda: asyncio.to_thread(self._forward, ids), Size(len(ids), 0), Usage(len(ids)))
 
-    async def ascore(self, text: str|list[int], top_k: int = 20) -> Completion:
+    async def ascore(self, text_or_ids: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, exact."
-        ids = self.encode(text)
+        text, ids = text_or_ids, self.encode(text_or_ids)
         rows = score_rows(await self._read(ids), ids, top_k, self.names)
         said = text if isinstance(text, str) else self.tokenizer.decode(ids)
         return Completion(said, 'stop', Usage(len(ids), 0), self.model, rows)

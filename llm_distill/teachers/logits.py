@@ -5,20 +5,24 @@
 # %% auto #0
 __all__ = ['Logits', 'EstimatedLogits', 'token_name', 'top_k_rows', 'score_rows', 'get_logits', 'TeacherModel']
 
-# %% ../../nbs/02_teachers.logits.ipynb #07e85444
+# %% ../../nbs/02_teachers.logits.ipynb #301203cd
+import math
 import re
 from collections import Counter
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from ..models import token_ids
 from .background import run, together
 from ..types import BadInput, Completion, NotGiven, TokenLogprobs
 
-# %% ../../nbs/02_teachers.logits.ipynb #393192fb
+# %% ../../nbs/02_teachers.logits.ipynb #a5f15d37
+_NEVER = 1e-300  # Stands for a probability of 0: log(0) would make a loss nan
+
 class Logits(torch.Tensor):
     "Logits as a teacher gave them, (1, T, V)."
     estimated = False  # Whether they had to be put together from less
@@ -63,7 +67,7 @@ def score_rows(
     return TokenLogprobs([token_name(names, ids[0]), *rows.tokens], np.append(np.float32(np.nan), rows.logprobs),
                          [[], *rows.top_tokens], [none, *rows.top_logprobs], [none.astype(np.int64), *rows.top_ids])
 
-# %% ../../nbs/02_teachers.logits.ipynb #ba0f875c
+# %% ../../nbs/02_teachers.logits.ipynb #9ffa7c61
 class _Columns:
     "Where a token's probability goes."
     def __init__(self, seen, tokenizer=None, vocab_size: int|None = None):
@@ -85,7 +89,7 @@ class _Columns:
         empty = values == 0
         if self.tokens: empty[:] = False; empty[len(self.tokens) - 1] = True
         if empty.any(): values[empty] = tail/empty.sum()
-        with np.errstate(divide='ignore'): return np.log(values).astype(np.float32), tail
+        return np.log(np.maximum(values, _NEVER)).astype(np.float32), tail
 
     def logits(self, rows: list[dict[bytes, float]], about: str) -> EstimatedLogits:
         made = [self.row(r) for r in rows]
@@ -118,7 +122,7 @@ def _split(text: str, tokenizer, names) -> list[bytes]:
     if tokenizer is None: return _words(text)
     return [names.get(i, b'') for i in tokenizer(text, add_special_tokens=False)['input_ids']]
 
-# %% ../../nbs/02_teachers.logits.ipynb #54c0a97c
+# %% ../../nbs/02_teachers.logits.ipynb #6f5b8071
 async def get_logits(
     teacher,                       # Any `Teacher`
     text: str,                     # Read by teachers that can read, answered by those that can only answer
@@ -151,7 +155,7 @@ def _resize(values: torch.Tensor, size: int|None) -> torch.Tensor: # (T, V) -> (
     "Leave out padding columns, or add some that nothing can be in."
     if size is None or size == values.shape[-1]: return values
     if size < values.shape[-1]: return values[:, :size]
-    return torch.nn.functional.pad(values, (0, size - values.shape[-1]), value=-torch.inf)
+    return torch.nn.functional.pad(values, (0, size - values.shape[-1]), value=math.log(_NEVER))
 
 def _from_score(scored: Completion, tokenizer, vocab_size) -> EstimatedLogits:
     rows = [*_top_rows(scored.logprobs)[1:], {}]  # the last row, after the text, was not asked for: all of it is tail
@@ -164,7 +168,7 @@ async def _from_samples(teacher, text, tokenizer, vocab_size, n, params) -> Esti
     rows = _sample_rows([_split(a.text, tokenizer, names) for a in answers])
     return _Columns([t for row in rows for t in row], tokenizer, vocab_size).logits(rows, 'answer')
 
-# %% ../../nbs/02_teachers.logits.ipynb #e4f4d416
+# %% ../../nbs/02_teachers.logits.ipynb #435c34e0
 class TeacherModel(torch.nn.Module):
     "A teacher as a module: `model(input_ids, attention_mask).logits` is (B, T, V)."
     def __init__(
@@ -178,7 +182,7 @@ class TeacherModel(torch.nn.Module):
         if not teacher.gives & {'logits', 'prompt_logprobs'}: raise teacher.not_given('prompt_logprobs')
         self.teacher, self.tokenizer, self.top_k = teacher, tokenizer, top_k
         self.vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
-        self.estimated = 'logits' not in teacher.gives
+        self.estimated, self.config = 'logits' not in teacher.gives, PretrainedConfig(vocab_size=self.vocab_size)
         own = getattr(teacher, 'tokenizer', None)
         if own is not None and own.get_vocab() != tokenizer.get_vocab():
             raise BadInput(f'{teacher} has another vocabulary than this tokenizer: '
@@ -200,21 +204,22 @@ class TeacherModel(torch.nn.Module):
             return _from_score(scored, self.tokenizer, self.vocab_size)[0].as_subclass(torch.Tensor)
         out = []
         for ids, values in [*zip(rows.top_ids[1:], rows.top_logprobs[1:]), ([], [])]:
-            p = torch.zeros(self.vocab_size)
-            p[torch.as_tensor(np.asarray(ids, np.int64))] = torch.as_tensor(np.exp(np.asarray(values, np.float32)))
+            ids, values = np.asarray(ids, np.int64), np.exp(np.asarray(values, np.float64))
+            p = torch.zeros(self.vocab_size, dtype=torch.float64)
+            p[ids[ids < self.vocab_size]] = torch.as_tensor(values[ids < self.vocab_size])
             empty = p == 0
             p[empty] = max(0., 1 - float(p.sum()))/max(1, int(empty.sum()))
-            out.append(p.log())
+            out.append(p.clamp_min(_NEVER).log().float())
         return torch.stack(out)
 
     async def _rows(self, batch): return await together(*(self._row(ids) for ids in batch))
 
     @torch.no_grad()
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor|None = None, **ignored) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor|None = None, **ignored) -> CausalLMOutput:
         "`.logits` (B, T, V), zeros where `attention_mask` is 0."
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = run(self._rows([ids[m.bool()].tolist() for ids, m in zip(input_ids, mask)]))
         logits = torch.zeros(*input_ids.shape, self.vocab_size)
         for out, m, row in zip(logits, mask, rows): out[m.bool().cpu()] = row.cpu().as_subclass(torch.Tensor).float()
         logits = logits.to(input_ids.device)
-        return SimpleNamespace(logits=logits.as_subclass(EstimatedLogits if self.estimated else Logits))
+        return CausalLMOutput(logits=logits.as_subclass(EstimatedLogits if self.estimated else Logits))

@@ -5,31 +5,32 @@
 # %% auto #0
 __all__ = ['Card', 'probe']
 
-# %% ../../nbs/02_teachers.probe.ipynb #3b0412ca
+# %% ../../nbs/02_teachers.probe.ipynb #421e41da
 import re
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from .background import together
-from .openai import _READERS
+from .openai import READERS
 from .wire import UNKNOWN
 from ..types import BadInput, BadReply, Completion, NotGiven, TeacherRefused, as_messages
 
-# %% ../../nbs/02_teachers.probe.ipynb #612b0f7a
+# %% ../../nbs/02_teachers.probe.ipynb #72d23154
 @dataclass
 class Card:
     "What a teacher really does."
     model: str
-    max_logprobs: int = 0          # The largest k of top-k that it gave; 0 for none
+    max_logprobs: int = 0          # The largest k of top-k that it gave, of 100 at most; 0 for none
     logprob_space: str = 'none'    # "raw": before the temperature; "processed": after it; "unknown"; "none"
     temperature: str = 'unknown'   # "honoured", "ignored", "left out" (the model takes none), "refused"
     token_bytes: bool = False      # Whether tokens come with their bytes
     n: str = 'unknown'             # Several answers in one request: "honoured", "ignored", "left out", "refused"
     seed: str = 'unknown'          # The same; "unknown" where answers do not vary
     prompt_logprobs: bool = False  # Whether it scores a given text
-    reasoning: bool = False        # Whether it thinks apart from the answer
+    reasoning: bool = False        # Whether its thinking comes in a field of its own
     usage: bool = False            # Whether it says how many tokens were used
+    logits: bool = False           # Whether it gives all logits of a given text
     requests: int = 0              # What it took to find out
 
     def __str__(self) -> str: return '\n'.join(f'{k:16} {v}' for k, v in asdict(self).items())
@@ -39,12 +40,12 @@ class Card:
                        for k, v in asdict(self).items())
         return f'<table>{rows}</table>'
 
-# %% ../../nbs/02_teachers.probe.ipynb #93970dea
+# %% ../../nbs/02_teachers.probe.ipynb #5641c8ba
 _QUESTION = as_messages('Write a sentence about something surprising that you saw today.')
 
 class _Asker:
     "Asks one question in several ways."
-    def __init__(self, teacher): self.teacher, self.raw, self.sent = teacher, b'', teacher.stats.total
+    def __init__(self, teacher): self.teacher, self.raw, self.said, self.before = teacher, b'', '', teacher.stats.total
 
     async def ask(self, **params) -> list[Completion]|str: # The answers, or "refused" or "left out"
         try: request = self.teacher.request(_QUESTION, **{'max_tokens': 16} | params)
@@ -54,12 +55,13 @@ class _Asker:
         async def attempt():
             if hasattr(self.teacher, 'reply'):
                 self.raw = await self.teacher.reply(request)
-                found[:] = _READERS[self.teacher.api](self.raw, self.teacher.model)
+                found[:] = READERS[self.teacher.api](self.raw, self.teacher.model)
             else: found[:] = [await self.teacher.attempt(request)]
             return found[0]
         try: await self.teacher.persist(attempt, self.teacher.size(request))
         except TeacherRefused as e:
             if e.status not in UNKNOWN: raise
+            self.said = str(e)
             return 'refused'
         except BadReply:
             if not found: raise
@@ -71,7 +73,7 @@ class _Asker:
         why = next((a for a in answers if isinstance(a, str)), None)
         return why or [a[0].text or a[0].reasoning or '' for a in answers]
 
-# %% ../../nbs/02_teachers.probe.ipynb #623b2699
+# %% ../../nbs/02_teachers.probe.ipynb #3d23fdee
 async def _largest_k(asker) -> tuple[int, Completion|None]:
     "The largest top-k, and an answer that has it."
     for k in (100, 20, 10, 5, 1):
@@ -99,10 +101,11 @@ async def _space(asker, k) -> str:
     return 'raw' if _same(*(_first(f[0]) for f in found)) else 'processed'
 
 async def _temperature(asker) -> str:
-    cold, hot = await together(asker.texts(2, temperature=0.), asker.texts(3, temperature=1.8))
+    cold, hot = await together(asker.texts(3, temperature=0.), asker.texts(3, temperature=1.8))
     if isinstance(cold, str) and isinstance(hot, str): return cold
     if isinstance(hot, str) or isinstance(cold, str): return 'unknown'
-    return 'honoured' if len(set(cold)) == 1 and len(set(hot)) > 1 else 'ignored'
+    if len(set(hot)) == 1 or len(set(cold)) == 3: return 'ignored'
+    return 'honoured' if len(set(cold)) == 1 else 'unknown'  # two alike and one not may be a GPU's rounding
 
 async def _seed(asker) -> str:
     same, other = await together(asker.texts(2, temperature=1.2, seed=1), asker.texts(2, temperature=1.2, seed=2))
@@ -114,12 +117,18 @@ async def _n(asker) -> str:
     found = await asker.ask(n=2)
     return found if isinstance(found, str) else 'honoured' if len(found) == 2 else 'ignored'
 
+async def _logits(teacher) -> bool:
+    if 'logits' not in teacher.gives: return False
+    try: await teacher.alogits('The sky')
+    except NotGiven: return False
+    return True
+
 async def _scores(teacher) -> bool:
     try: scored = (await teacher.ascore('The sky is blue because', 1)).logprobs
     except NotGiven: return False
     return bool(np.isfinite(scored.logprobs[1:]).all())
 
-# %% ../../nbs/02_teachers.probe.ipynb #67b4332c
+# %% ../../nbs/02_teachers.probe.ipynb #bc3dd5dc
 async def probe(
     teacher,      # Any `Teacher`; its `gives` and `max_logprobs` become what was found
 ) -> Card:        # Raises a `TeacherError` where it does not answer at all
@@ -129,13 +138,13 @@ async def probe(
     with_bytes = bool(re.search(rb'"bytes":\s*\[', asker.raw)) if asker.raw else k > 0
     if answer is None:
         found = await asker.ask()
-        if isinstance(found, str): raise BadReply(f'{teacher} refuses a plain question: there is nothing to find out')
+        if isinstance(found, str): raise BadReply(f'{teacher} refuses a plain question: {asker.said or found}')
         answer = found[0]
     card = Card(teacher.model, k, await _space(asker, k) if k else 'none', await _temperature(asker), with_bytes,
                 await _n(asker), await _seed(asker), await _scores(teacher), bool(answer.reasoning),
-                bool(answer.usage.total_tokens))
-    card.requests = teacher.stats.total - asker.sent
-    teacher.max_logprobs = k
-    found = {'top_logprobs': k > 0, 'prompt_logprobs': card.prompt_logprobs}
+                bool(answer.usage.total_tokens), await _logits(teacher))
+    card.requests = teacher.stats.total - asker.before
+    if k < 100: teacher.max_logprobs = k
+    found = {'top_logprobs': k > 0, 'prompt_logprobs': card.prompt_logprobs, 'logits': card.logits}
     teacher.gives = frozenset(teacher.gives - set(found)) | {what for what, there in found.items() if there}
     return card

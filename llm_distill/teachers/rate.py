@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['until', 'read_limits', 'Bucket', 'Turn', 'RateControl']
 
-# %% ../../nbs/02_teachers.rate.ipynb #44ef835e
+# %% ../../nbs/02_teachers.rate.ipynb #c06b2bf2
 import asyncio
+import logging
 import math
 import random
 import re
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-# %% ../../nbs/02_teachers.rate.ipynb #f17c2b59
+from .background import PerLoop
+from ..types import TeacherBusy
+
+# %% ../../nbs/02_teachers.rate.ipynb #3fe32dd7
+_log = logging.getLogger('llm_distill')
 _UNITS = {'ms': .001, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}
 
 def until(
@@ -56,7 +62,7 @@ def read_limits(
             if limit > 0 and reset is not None: found[kind] = limit, remaining, reset; break
     return found
 
-# %% ../../nbs/02_teachers.rate.ipynb #9baee110
+# %% ../../nbs/02_teachers.rate.ipynb #2a3376bb
 _OVERTAKING = .05  # Seconds by which a request may arrive after one that was sent later
 
 class Bucket:
@@ -72,13 +78,15 @@ class Bucket:
     def learn(self, limit: float, remaining: float, reset: float, sent_at: float, now: float) -> None:
         "Take over what the reply to a request that was sent at `sent_at` says."
         if sent_at < self.asked: return  # an older view, overtaken by a newer one
-        if self._anchor is None: self._anchor, self.refill, self.size = (remaining, reset), limit/60, remaining
+        if self._anchor is None:  # most limits are for a minute; longer ones are windows until they show more
+            self._anchor, self.size = (remaining, reset), remaining
+            self.refill = limit/60 if remaining + limit/60*reset < 1.5*limit else 0.
         charged = [e for e in self.sent if e[0] <= sent_at and (e[2] or e[0] <= sent_at - _OVERTAKING)]
         self._learn_scale(sum(e[1] for e in charged), remaining, now)
         self._learn_refill(limit, remaining, reset)
         self.limit, self.remaining, self.asked, self.at, self.end = limit, remaining, sent_at, now, now + reset
         self._most = max(self._most, remaining)
-        self.size = remaining + self.refill*reset if self.refill else self._most
+        self.size = min(max(limit, remaining), remaining + self.refill*reset) if self.refill else self._most
         for entry in charged: self.sent.remove(entry)
         self.ours = sum(e[1] for e in self.sent)
 
@@ -124,12 +132,13 @@ class Bucket:
         if any(e is entry for e in self.sent): self.ours -= entry[1]
         entry[1] = 0.
 
-# %% ../../nbs/02_teachers.rate.ipynb #c70bbe2d
+# %% ../../nbs/02_teachers.rate.ipynb #c835b776
 @dataclass
 class Turn:
     "A request that was let through."
     sent_at: float                 # time.monotonic()
     costs: dict[str, list]         # What it took of each bucket
+    waited_s: float = 0.           # For the provider's limit
 
 class RateControl:
     "Lets requests through as fast as the provider takes them; may be shared by threads and loops."
@@ -144,27 +153,28 @@ class RateControl:
         self._cut_at, self._since_cut, self._good_pace, self._grown_at = -math.inf, 0, math.inf, 0.
         self._left_at = math.inf  # when the last request ended
         self._buckets = {kind: Bucket(kind != 'requests') for kind in _KINDS}
-        self._lock, self._gates = threading.Lock(), {}
-
-    def _gate(self) -> tuple[asyncio.Lock, asyncio.Event]:
-        loop = asyncio.get_running_loop()
-        for ended in [k for k in self._gates if k.is_closed()]: del self._gates[ended]
-        if loop not in self._gates: self._gates[loop] = asyncio.Lock(), asyncio.Event()
-        return self._gates[loop]
+        self._lock, self._gates = threading.Lock(), PerLoop(lambda: (asyncio.Lock(), asyncio.Event()))
 
     async def enter(
         self,
         input_tokens: float = 0,  # An estimate of the question
         output_tokens: float = 0, # An estimate of the answer
-    ) -> Turn:                    # To be handed to `leave`
+        longest: float = math.inf, # Seconds; who would have to wait longer for the limit is told so
+    ) -> Turn:                    # To be handed to `leave`; raises `TeacherBusy`
         "Wait until a request may be sent; first come, first served."
-        turn_lock, changed = self._gate()
+        turn_lock, changed = self._gates.get()
         costs = {'requests': 1, 'tokens': input_tokens + output_tokens, 'input': input_tokens, 'output': output_tokens}
+        waited = 0.
         async with turn_lock:
             while True:
                 changed.clear()
                 wait = self._try(costs)
-                if isinstance(wait, Turn): return wait
+                if isinstance(wait, Turn): wait.waited_s = waited; return wait
+                if longest < wait < math.inf:
+                    raise TeacherBusy(f'the limit is used up for another {wait:.0f} s ({self}); '
+                                      f'go on then, or raise retry_cap= above its {longest:g} s')
+                if 5 < wait < math.inf and not waited: _log.info('waiting %.0f s for the limit: %s', wait, self)
+                if wait < math.inf: waited += min(wait, 1.)
                 try: await asyncio.wait_for(changed.wait(), min(wait, 1.))
                 except (TimeoutError, asyncio.TimeoutError): pass
 
@@ -203,8 +213,8 @@ class RateControl:
             now = self._left_at = time.monotonic()
             if refused: self._shrink(turn, now, wait_s)
             elif answered: self._grow(now)
-        for loop, (_, changed) in list(self._gates.items()):
-            if not loop.is_closed(): loop.call_soon_threadsafe(changed.set)
+        for loop, (_, changed) in self._gates.items():
+            with suppress(RuntimeError): loop.call_soon_threadsafe(changed.set)  # a loop may end at any moment
 
     def _shrink(self, turn, now, wait_s):
         self.refusals += 1

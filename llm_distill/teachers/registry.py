@@ -31,7 +31,7 @@ def find_provider(
         raise BadInput(f'unknown provider {name!r}; there are: {", ".join(sorted({*providers, *_MODULES}))}')
     return providers[name]
 
-# %% ../../nbs/02_teachers.registry.ipynb #e6780fe5
+# %% ../../nbs/02_teachers.registry.ipynb #6eb33c00
 _NAMES = {'use_api': 'use_api', 'api_type': 'provider', 'api_model': 'model', 'api_base_url': 'base_url',
           'api_temperature': 'temperature', 'api_max_tokens': 'max_tokens', 'api_timeout': 'timeout'}
 _NUMBERS = {'temperature': float, 'max_tokens': int, 'timeout': float, 'max_retries': int, 'retry_delay': float,
@@ -44,9 +44,13 @@ def _value(name: str, said, where: str):
         word = str(said).strip().lower()
         if word not in _YES | _NO: raise BadInput(f'{where} is true or false, not {said!r}')
         return word in _YES
+    if name == 'api_key': return ApiKey(said)
     if name not in _NUMBERS or not isinstance(said, str|int|float): return said
-    try: return _NUMBERS[name](said)
-    except (TypeError, ValueError): raise BadInput(f'{where} is a number, not {said!r}') from None
+    try: number = _NUMBERS[name](said)
+    except (TypeError, ValueError): number = None
+    if number is None or isinstance(said, bool) or (isinstance(said, float) and number != said and said == said):
+        raise BadInput(f'{where} is a number{"" if _NUMBERS[name] is float else " without a fraction"}, not {said!r}')
+    return number
 
 def _read_config(config) -> Mapping:
     if isinstance(config, Mapping): return config
@@ -55,6 +59,18 @@ def _read_config(config) -> Mapping:
     if not isinstance(found, dict): raise BadInput(f'the settings in {config} are no JSON object')
     return found
 
+def _named(said: Mapping) -> dict:
+    "Settings under our names, in their own types."
+    own = {k: _NAMES.get(k.lower(), k.lower()) for k in said if said[k] is not None}
+    return {name: _value(name, said[k], k) for k, name in own.items()}
+
+def _over(lower: dict, upper: dict) -> dict:
+    "Settings with others on top; another provider's model and address are not taken over."
+    provider = lower.get('provider')
+    if provider and upper.get('provider', provider) != provider:
+        lower = {k: v for k, v in lower.items() if k not in ('model', 'base_url')}
+    return lower | upper
+
 def teacher_settings(
     config: Mapping|str|Path|None = None,   # A dict, or a JSON file with one
     environ: Mapping[str, str]|None = None, # None takes the process's environment
@@ -62,13 +78,9 @@ def teacher_settings(
 ) -> dict:                                  # Arguments for `create_teacher`; raises `BadInput`
     "The settings of a teacher: arguments before the dict before the environment."
     environ = os.environ if environ is None else environ
-    settings = {_NAMES[k.lower()]: _value(_NAMES[k.lower()], v, k) for k, v in environ.items()
-                if k.lower() in _NAMES and v != ''}
-    for name, value in _read_config(config or {}).items():
-        own = _NAMES.get(name.lower(), name.lower())
-        if value is not None: settings[own] = _value(own, value, name)
-    given = {_NAMES.get(k, k): v for k, v in given.items() if v is not None}
-    settings |= given
+    outer = _named({k: v for k, v in environ.items() if k.lower() in _NAMES and v != ''})
+    inner, given = _named(_read_config(config or {})), _named(given)
+    settings = _over(_over(outer, inner), given)
     use_api = settings.pop('use_api', True)
     if given.get('provider') or use_api: return settings
     own = {k.lower() for k in _read_config(config or {}) if not k.lower().startswith('api_')} | set(given)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'logits_array', 'RestTeacher']
 
-# %% ../../nbs/02_teachers.rest.ipynb #d6f4e461
+# %% ../../nbs/02_teachers.rest.ipynb #e9a27001
 import base64
 import binascii
 from dataclasses import replace
@@ -17,8 +17,8 @@ import numpy as np
 from .asking import Size, request_size
 from .base import Teacher, register_teacher
 from .keys import ApiKey
-from .wire import Wire, Wired
-from ..types import BadInput, BadReply, Completion, Message, Usage
+from .wire import UNKNOWN, Wire, Wired
+from ..types import BadInput, BadReply, Completion, Message, TeacherRefused, Usage
 
 # %% ../../nbs/02_teachers.rest.ipynb #a56ae123
 FIELDS = {'input': 'input', 'max_tokens': 'max_tokens', 'temperature': 'temperature', 'return_logits': 'return_logits',
@@ -40,7 +40,7 @@ def logits_array(
     if np.isnan(rows).any(): raise ValueError('some of them are not numbers')
     return rows
 
-# %% ../../nbs/02_teachers.rest.ipynb #4323db97
+# %% ../../nbs/02_teachers.rest.ipynb #30d3a72a
 @register_teacher('custom')
 class RestTeacher(Wired, Teacher):
     "A REST service with `/generate` and, where it has them, `/logits`."
@@ -109,17 +109,22 @@ class RestTeacher(Wired, Teacher):
 
     async def alogits(self, text: str) -> np.ndarray: # (1, T, V)
         "The service's logits for each token of a text; raises `NotGiven` where it has none."
-        if not self.logits_path: raise self.not_given('logits')
+        if 'logits' not in self.gives: raise self.not_given('logits')
         async def ask():
             reply = await self._ask(self.logits_path, self._named(input=text, return_logits=True) | self.extra)
             try: return logits_array(self._found(reply, 'logits'), self._found(reply, 'shape'))
             except (ValueError, TypeError, binascii.Error) as e:
                 error = BadReply(f'{self.url}{self.logits_path} sent no logits ({e}); is it the right path?')
             raise error
-        return await self.fetch(ask, Size(len(text.encode()), 0))
+        try: return await self.fetch(ask, Size(len(text.encode()), 0))
+        except TeacherRefused as e:
+            if e.status not in UNKNOWN: raise
+            self.gives -= {'logits', 'prompt_logprobs'}  # it was said to be there, and is not
+        raise self.not_given('logits')
 
-    async def ascore(self, text: str, top_k: int = 20) -> Completion:
+    async def ascore(self, text_or_ids: str, top_k: int = 20) -> Completion:
         "Teacher forcing, from the service's logits and the tokenizer's ids."
+        text = text_or_ids
         if 'prompt_logprobs' not in self.gives: raise self.not_given('prompt_logprobs')
         from llm_distill.models import token_bytes
         from llm_distill.teachers.logits import score_rows

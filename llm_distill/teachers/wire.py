@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'retry_after', 'refusal', 'sdk_client', 'Wire', 'Wired', 'late']
 
-# %% ../../nbs/02_teachers.wire.ipynb #42283de6
+# %% ../../nbs/02_teachers.wire.ipynb #d8e1aa62
 import asyncio
 import gc
 import importlib
 import math
+import re
 import sys
 import warnings
 from concurrent.futures import wait
@@ -18,6 +19,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
+from .background import PerLoop
 from .keys import ApiKey, scrub_logs
 from ..types import (BadInput, BadReply, QuotaSpent, TeacherBusy, TeacherError, TeacherRefused, TeacherTimeout,
                                TeacherUnreachable, missing_package)
@@ -39,9 +41,16 @@ def retry_after(
         return max(0., (when - datetime.now(timezone.utc)).total_seconds())
     return None
 
-# %% ../../nbs/02_teachers.wire.ipynb #f8afa03c
-_NO_CREDIT = ('insufficient_quota', 'insufficient_balance', 'insufficient balance', 'billing_hard_limit',
-              'credit balance')
+# %% ../../nbs/02_teachers.wire.ipynb #6571a120
+_NO_CREDIT = re.compile(r'insufficient[_ ](quota|balance)|billing_(hard_limit|not_active|error)'
+                        r'|credit balance is too low|exceeded your current quota', re.I)
+
+def _no_credit(status: int, body) -> bool:
+    "Whether a refusal is about money; what it echoes of the request does not count."
+    inner = body.get('error', body) if isinstance(body, dict) else {}
+    inner = inner if isinstance(inner, dict) else {'message': inner}
+    words = ' '.join(str(inner.get(k)) for k in ('code', 'type', 'message'))
+    return status == 402 or (status in (400, 403, 429) and bool(_NO_CREDIT.search(words)))
 
 def _said(body) -> str:
     "The provider's own words, out of whatever it sent."
@@ -68,7 +77,7 @@ def refusal(
     "Our error for an answer that is not 2xx."
     said, variable = _short(key.scrub(_said(body))), key.variable  # a key that is cut would not be found
     if status < 400: status = next((code for kind, code in _STATUS.items() if kind in f'{body}'), 500)
-    if any(word in f'{body}'.lower() for word in _NO_CREDIT) or status == 402:
+    if _no_credit(status, body):
         error = QuotaSpent(f'the account at {url} has no credit left: {said}; '
                            'add credit there, the answers so far are kept')
     elif status == 401: error = TeacherRefused(f'{url} does not accept the API key: {said}; '
@@ -121,7 +130,7 @@ def sdk_client(
     return getattr(module, client)(base_url=base_url, api_key='-', max_retries=0, timeout=timeout,
                                    http_client=getattr(module, http)(**hooks))
 
-# %% ../../nbs/02_teachers.wire.ipynb #4bce19ac
+# %% ../../nbs/02_teachers.wire.ipynb #d25984eb
 class Wire:
     "One provider's address, for coroutines of any event loop."
     def __init__(
@@ -138,14 +147,13 @@ class Wire:
         if '@' in url: raise BadInput('leave user and password out of base_url=; give the key as api_key=')
         _load(sdk)
         self.url, self.key, self.sdk, self.timeout = url.rstrip('/'), key, sdk, timeout
-        self._clients = {}  # by event loop: a connection belongs to the loop that opened it
+        self._clients = PerLoop(self._open)
 
     def client(self):
         "The SDK's client of the running loop."
-        loop = asyncio.get_running_loop()
-        for ended in [k for k in self._clients if k.is_closed()]: del self._clients[ended]
-        if loop not in self._clients: self._clients[loop] = sdk_client(self.sdk, self.url, self.key, self.timeout, True)
-        return self._clients[loop]
+        return self._clients.get()
+
+    def _open(self): return sdk_client(self.sdk, self.url, self.key, self.timeout, True)
 
     async def post(self, path: str, body: dict, on_headers=None) -> bytes:
         "Send JSON, give what came back; `on_headers` sees the headers of refusals too. Raises `TeacherError`."
@@ -186,25 +194,26 @@ class Wire:
 
     def close(self) -> None:
         "Let go of all connections, whatever loop opened them."
-        ended = False
-        for loop, client in [(k, self._clients.pop(k, None)) for k in list(self._clients)]:
+        for loop in [loop for loop, _ in self._clients.items()]:
+            client = self._clients.pop(loop)
             if client is None: continue
-            if loop.is_closed(): ended = True
+            if loop.is_closed(): self._clients.dropped += 1
             elif loop is _running_loop(): _drive(client.close())
             elif loop.is_running(): wait([asyncio.run_coroutine_threadsafe(client.close(), loop)], 5)
-            client = None
-        if ended:  # their sockets go with the last reference
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore', ResourceWarning)
-                gc.collect()
+        client = None
+        if not self._clients.dropped: return
+        self._clients.dropped = 0
+        with warnings.catch_warnings():  # sockets of loops that have ended go with the last reference to them
+            warnings.simplefilter('ignore', ResourceWarning)
+            gc.collect()
 
     async def aclose(self) -> None:
         "Let go of the running loop's connections."
-        client = self._clients.pop(asyncio.get_running_loop(), None)
+        client = self._clients.pop(asyncio.get_running_loop())
         if client is not None: await client.close()
 
     def __getstate__(self): return {k: v for k, v in vars(self).items() if k != '_clients'}
-    def __setstate__(self, state): vars(self).update(state, _clients={})
+    def __setstate__(self, state): vars(self).update(state, _clients=PerLoop(self._open))
 
 def _running_loop():
     try: return asyncio.get_running_loop()
