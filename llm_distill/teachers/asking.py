@@ -64,7 +64,7 @@ def request_size(
     answers = max(request.get('n') or 1, request.get('best_of') or 1)
     return Size(prompt, None if longest is None else longest*answers)
 
-# %% ../../nbs/02_teachers.asking.ipynb #4352e85b
+# %% ../../nbs/02_teachers.asking.ipynb #96fed405
 _turn: ContextVar[Turn|None] = ContextVar('turn', default=None)
 _log = logging.getLogger('llm_distill')
 _told: set = set()  # whose terms were shown
@@ -134,12 +134,12 @@ class Asking:
         self.stats.add(successful=1)
         return answer
 
-    async def fetch(self, ask, size: Size, usage: Usage|None = None): # What `ask()` gave
-        "As `persist`, for what is no answer."
+    async def fetch(self, ask, size: Size, usage=lambda found: Usage()): # What `ask()` gave
+        "As `persist`, for what is no answer; `usage` says what it was charged for."
         kept = []
         async def attempt():
             kept[:] = [await ask()]
-            return Completion('fetched', usage=usage or Usage())
+            return Completion('fetched', usage=usage(kept[0]))
         await self.persist(attempt, size)
         return kept[0]
 

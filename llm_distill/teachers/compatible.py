@@ -113,7 +113,7 @@ def _agrees(scored: TokenLogprobs, written: TokenLogprobs|None) -> bool:
     return bool(shared) and max(here, key=here.get) == max(there, key=there.get) \
         and float(np.median([abs(here[t] - there[t]) for t in shared])) < .2
 
-# %% ../../nbs/02_teachers.compatible.ipynb #676e7d7b
+# %% ../../nbs/02_teachers.compatible.ipynb #4a041c21
 @register_teacher('openai-compatible', 'llama.cpp', 'ollama')
 class CompatibleTeacher(OpenAITeacher):
     "Any server that speaks the OpenAI protocol."
@@ -136,15 +136,12 @@ class CompatibleTeacher(OpenAITeacher):
         return _COMPLETIONS, body, lambda data: _read_echo(data, self.model, text)
 
     async def _ask(self, path: str, request: dict, reader) -> Completion|None: # None where the reader finds nothing
-        kept = []
-        async def attempt():
-            kept[:] = [reader(await self.wire.post(path, request, self.heard))]
-            return Completion('read', usage=kept[0].usage if kept[0] else Usage())
-        try: await self.persist(attempt, replace(request_size(request), answer=1))
+        async def ask(): return reader(await self.wire.post(path, request, self.heard))
+        size = replace(request_size(request), answer=1)
+        try: return await self.fetch(ask, size, lambda found: found.usage if found else Usage())
         except TeacherRefused as e:
             if self._checked or isinstance(e, QuotaSpent) or e.status not in UNKNOWN: raise
             return None  # this server does not know this way
-        return kept[0]
 
     async def _works(self, way: str) -> bool:
         scored = await self._ask(*self._way(way, _CHECK, 5))

@@ -40,7 +40,7 @@ def _seeded(seed: int|None, device: torch.device):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/02_teachers.local.ipynb #587cd9cf
+# %% ../../nbs/02_teachers.local.ipynb #979a8505
 @register_teacher('local')
 class LocalTeacher(Teacher):
     "A causal language model in this process."
@@ -142,7 +142,8 @@ class LocalTeacher(Teacher):
         return (await self._read(self.encode(text))).float()[None]
 
     async def _read(self, ids: list[int]) -> torch.Tensor: # (T, V)
-        return await self.fetch(lambda: asyncio.to_thread(self._forward, ids), Size(len(ids), 0), Usage(len(ids)))
+        return await self.fetch(lambda: asyncio.to_thread(self._forward, ids), Size(len(ids), 0),
+                                lambda logits: Usage(len(ids)))
 
     async def ascore(self, text_or_ids: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, exact."

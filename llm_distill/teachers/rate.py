@@ -62,7 +62,7 @@ def read_limits(
             if limit > 0 and reset is not None: found[kind] = limit, remaining, reset; break
     return found
 
-# %% ../../nbs/02_teachers.rate.ipynb #2a3376bb
+# %% ../../nbs/02_teachers.rate.ipynb #44f54a6c
 _OVERTAKING = .05  # Seconds by which a request may arrive after one that was sent later
 
 class Bucket:
@@ -116,7 +116,8 @@ class Bucket:
     def ready(self, cost: float, now: float) -> float:
         "When a request of this cost may go."
         if math.isinf(self.limit): return now
-        missing = min(cost*self.scale + .01*self.size, self.size) - self.free(now)  # some overtake others on the way
+        size = self.size or self.limit  # a first view of a window that is used up shows no size
+        missing = min(cost*self.scale + .01*size, size) - self.free(now)  # some overtake each other
         if missing <= 0: return now
         return now + missing/self.refill if self.refill else max(self.end, now + .1)
 
