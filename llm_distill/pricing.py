@@ -17,8 +17,8 @@ from importlib.metadata import version
 
 from .types import BadInput, BudgetSpent, Message, Usage
 
-# %% ../nbs/01_pricing.ipynb #42f327f0
-_TERMS = {  # provider, or the beginning of an open model's name: what its terms say, and where (read 2026-11)
+# %% ../nbs/01_pricing.ipynb #9490306f
+_TERMS = {  # provider, or the beginning of an open model's name: what its terms are known to say (2026-11), and where
     'openai': ('restricted', 'https://openai.com/policies/services-agreement/'),
     'anthropic': ('restricted', 'https://www.anthropic.com/legal/commercial-terms'),
     'google': ('restricted', 'https://ai.google.dev/gemini-api/terms'),
