@@ -40,7 +40,7 @@ def message_completion(data: bytes, teacher: str) -> Completion: # Raises `BadRe
                       reasoning=''.join(b.thinking or '' for b in reply.content if b.type == 'thinking') or None,
                       request_id=reply.id)
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #4df7af63
+# %% ../../nbs/02_teachers.anthropic.ipynb #382e5b87
 STREAM_ABOVE = 21_333  # tokens: the SDK expects 128,000 an hour and refuses to wait longer than ten minutes
 
 @register_teacher('anthropic', 'claude')
@@ -69,6 +69,8 @@ class AnthropicTeacher(Wired, Teacher):
         "`max_tokens` is 1,024 where nothing else is said."
         if logprobs: raise self.not_given('top_logprobs')
         params = {'max_tokens': 1024} | self.extra | params
+        if self.budget and (params.get('cache_control') or {}).get('ttl') == '1h':
+            raise BadInput('a prompt cached for an hour costs more than a budget counts: leave ttl out, or the budget')
         drop(self.model, params, ('temperature', 'top_p', 'top_k', 'seed', 'n', 'presence_penalty', 'frequency_penalty',
                                   'logit_bias'), 'takes no such parameter')
         if 'max_completion_tokens' in params: params['max_tokens'] = params.pop('max_completion_tokens')
