@@ -69,7 +69,7 @@ def _prepare(out, plan: Plan, price_as: str, seed: int, device: str|None, prompt
     except OSError as e: raise BadInput(f'cannot write to {folder} ({e}); choose another folder with --out') from e
     return folder, records
 
-# %% ../nbs/12a_demo.ipynb #96bb66e8
+# %% ../nbs/12a_demo.ipynb #5b0161d1
 def _ask(model, records, plan, cache, device, seed, show):
     "The teacher's answers, from a server in a process of its own by way of the official SDK."
     from llm_distill.models import fingerprint
@@ -79,8 +79,9 @@ def _ask(model, records, plan, cache, device, seed, show):
         # The port differs from run to run, so the cache knows the teacher by its weights.
         name = fingerprint(model)
         with create_teacher('openai-compatible', base_url=server.url, cache_as=name, timeout=600) as teacher:
-            answers = collect(records, teacher, cache, concurrency=32, on_event=show, logprobs=20, seed=seed,
-                              temperature=.7, max_tokens=plan.max_tokens)
+            answers = collect(records, teacher, cache, concurrency=32, on_event=show, on_error='raise', keep_cut=True,
+                              logprobs=20, seed=seed, temperature=.7, max_tokens=plan.max_tokens)
+            if answers.stopped: raise KeyboardInterrupt
             return answers, teacher.model
 
 # %% ../nbs/12a_demo.ipynb #a1107f24

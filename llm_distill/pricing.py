@@ -193,15 +193,20 @@ def estimate_cost(
     low, high = total(bytes_per_token[1], answer_share[0]), total(bytes_per_token[0], answer_share[1])
     return Estimate(len(sizes), low, high, price)
 
-# %% ../nbs/01_pricing.ipynb #908c6d2e
+# %% ../nbs/01_pricing.ipynb #dc5ee2c3
 class Budget:
     "At most so many US dollars; shared by teachers and threads, but not by processes: a pickle counts for itself."
-    def __init__(self, usd: float): # The cap
+    def __init__(
+        self,
+        usd: float,         # The cap
+        *within: 'Budget',  # Others that have to hold as well
+    ):
         if not usd > 0: raise BadInput(f'a budget is more than 0 dollars, not {usd!r}')
-        self.__setstate__({'usd': float(usd), 'spent': 0., 'reserved': 0.})
+        self.__setstate__({'usd': float(usd), 'spent': 0., 'reserved': 0., 'within': within})
 
     @property
-    def left(self) -> float: return self.usd - self.spent - self.reserved
+    def left(self) -> float:
+        return min(self.usd - self.spent - self.reserved, *(b.left for b in self.within), math.inf)
 
     def reserve(self, usd: float) -> bool: # False where others have reserved what is left
         "Set the most that a request can cost aside; raises `BudgetSpent` where no settlement can make room for it."
@@ -210,9 +215,20 @@ class Budget:
             if self.spent + usd > cap:
                 raise BudgetSpent(f'the next request may cost {usd:.4g} USD, and {self.usd - self.spent:.4g} of the '
                                   f'budget of {self.usd:g} USD are left; raise the budget or lower max_tokens')
-            if self.spent + self.reserved + usd > cap: return False
+            if self.spent + self.reserved + usd > cap or not self._others_have_room(usd): return False
             self.reserved += usd
             return True
+
+    def _others_have_room(self, usd: float) -> bool: # They reserve it, all or none
+        done = []
+        try:
+            for other in self.within:
+                if not other.reserve(usd): return False
+                done.append(other)
+            return True
+        finally:
+            if len(done) < len(self.within):
+                for other in done: other.settle(usd, 0.)
 
     async def areserve(self, usd: float) -> None:
         "Wait until others have settled and there is room; first come, first served."
@@ -228,6 +244,7 @@ class Budget:
         with self._lock:
             self.reserved = max(0., self.reserved - reserved)
             self.spent += spent
+        for other in self.within: other.settle(reserved, spent)
 
     def __repr__(self) -> str: return f'Budget({self.usd:g} USD: {self.spent:.4g} spent, {self.reserved:.4g} reserved)'
     def __getstate__(self): return {k: v for k, v in vars(self).items() if k[0] != '_'}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .types import Event
 
-# %% ../nbs/12_progress.ipynb #e3d2bb2f
+# %% ../nbs/12_progress.ipynb #2fe76b89
 class Progress:
     "A bar for each job, in a terminal or under a cell."
     def __init__(
@@ -29,7 +29,7 @@ class Progress:
                                               desc=f'{self.labels.get(event.job, event.job):<10}', mininterval=.2)
         if event.metrics: bar.set_postfix_str(_numbers(event.metrics), refresh=False)
         bar.update(event.done - bar.n)
-        if event.done >= event.total: self.bars.pop(event.job).close()
+        if event.total is not None and event.done >= event.total: self.bars.pop(event.job).close()
 
     def close(self) -> None:
         "Leave unfinished bars as they are."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Listener', 'Message', 'as_messages', 'DistillError', 'BadInput', 'NoSuchModel', 'CacheError', 'ServerError',
-           'BudgetSpent', 'TeacherError', 'TeacherTimeout', 'TeacherUnreachable', 'TeacherBusy', 'BadReply',
-           'TeacherRefused', 'QuotaSpent', 'MissingKey', 'NotGiven', 'Usage', 'TokenLogprobs', 'Completion', 'Event',
-           'missing_package']
+           'NotCached', 'BudgetSpent', 'TeacherError', 'TeacherTimeout', 'TeacherUnreachable', 'TeacherBusy',
+           'BadReply', 'NoText', 'TeacherRefused', 'QuotaSpent', 'MissingKey', 'NotGiven', 'Usage', 'TokenLogprobs',
+           'Completion', 'Event', 'missing_package']
 
 # %% ../nbs/00_types.ipynb #2497b2b0
 import sys
@@ -38,15 +38,16 @@ def as_messages(
         messages.insert(0, {'role': 'system', 'content': system_prompt})
     return messages
 
-# %% ../nbs/00_types.ipynb #827332e1
+# %% ../nbs/00_types.ipynb #bbb0e8a4
 class DistillError(Exception): "Something that this package can explain; the message says what to do next."
 class BadInput(DistillError, ValueError): "An argument, a file or a prompt that cannot be used."
 class NoSuchModel(DistillError, FileNotFoundError): "A model folder or name that leads nowhere."
 class CacheError(DistillError): "A cache file that cannot be used; it was left untouched."
 class ServerError(DistillError): "A server that could not be started or has stopped."
+class NotCached(DistillError, LookupError): "Nobody has asked this yet, and nothing may be asked now."
 class BudgetSpent(DistillError): "The next request could cost more than is left of the budget."
 
-# %% ../nbs/00_types.ipynb #45bf8f1f
+# %% ../nbs/00_types.ipynb #9bdef927
 class TeacherError(DistillError):
     "The teacher did not answer."
     passes = False                 # Whether asking again may help
@@ -58,6 +59,7 @@ class TeacherTimeout(TeacherError, TimeoutError): "The teacher took too long."; 
 class TeacherUnreachable(TeacherError, ConnectionError): "No connection to the teacher, or it broke."; passes = True
 class TeacherBusy(TeacherError): "The teacher is overloaded or asks for fewer requests."; passes = True
 class BadReply(TeacherError, ValueError): "The teacher sent something that is no answer."; charged = True
+class NoText(BadReply): "The teacher sent an answer without text."
 class TeacherRefused(TeacherError, ValueError): "The teacher will not answer this request, however often it is asked."
 class QuotaSpent(TeacherRefused): "The account has no credit left."
 class MissingKey(TeacherError, ValueError): "No API key was given."
@@ -79,7 +81,7 @@ class Usage:
         return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens,
                      self.cached_tokens + other.cached_tokens, self.cache_write_tokens + other.cache_write_tokens)
 
-# %% ../nbs/00_types.ipynb #8a06c25b
+# %% ../nbs/00_types.ipynb #1461bb21
 @dataclass
 class TokenLogprobs:
     "The teacher's view of its own answer, one row a token; natural logarithms."
@@ -88,14 +90,16 @@ class TokenLogprobs:
     top_tokens: list[list[bytes]]   # The k likeliest tokens at each place, likeliest first
     top_logprobs: list[np.ndarray]  # Their log-probabilities, T arrays of (k,)
     top_ids: list[np.ndarray]|None = None # Their ids in the teacher's own vocabulary, where it tells, T arrays of (k,)
+    tail: np.ndarray|None = None    # Probability of all other tokens (T,), where it was kept apart
 
     def __len__(self) -> int: return len(self.tokens)
 
     def tail_mass(self) -> np.ndarray: # (T,), 0 to 1
         "Probability that the top-k does not show. It is kept as it is: a top-k is never renormalised."
+        if self.tail is not None: return self.tail
         return np.array([max(0., 1 - float(np.exp(row.astype(np.float64)).sum())) for row in self.top_logprobs])
 
-# %% ../nbs/00_types.ipynb #2383b23b
+# %% ../nbs/00_types.ipynb #5b3b63b7
 @dataclass
 class Completion:
     "One answer of a teacher, whoever the teacher is."
@@ -108,14 +112,19 @@ class Completion:
     latency_s: float = 0.
     request_id: str|None = None
     cached: bool = False                 # True if it came from the cache and cost nothing
+    refused: bool = False                # True if the teacher declined, or a filter took part of it away
+    fingerprint: str|None = None         # Of the provider's system; another one may answer differently
 
-# %% ../nbs/00_types.ipynb #48475b29
+    @property
+    def cut(self) -> bool: return self.finish_reason == 'length'
+
+# %% ../nbs/00_types.ipynb #0f26587f
 @dataclass(frozen=True)
 class Event:
     "Some work moved on."
     job: str                                     # What is being done, e.g. "collect"
     done: int                                    # Units finished
-    total: int                                   # Units in all
+    total: int|None                              # Units in all; None while that is not known
     metrics: dict = field(default_factory=dict)  # Numbers worth showing, e.g. {"loss": 2.1}
 
 Listener = Callable[[Event], None]

@@ -198,11 +198,13 @@ def test_a_run_under_a_cap_keeps_what_was_paid(tmp_path):
     prompts = [f'Question {i}' for i in range(80)]
     with server('openai', limiter=generous(), answer_tokens=10) as p, \
             teacher('openai', p, price=SAME, max_tokens=10, budget=.8) as t:
-        with pytest.raises(BudgetSpent): collect(prompts, t, tmp_path/'a.db')
+        with pytest.raises(BudgetSpent): collect(prompts, t, tmp_path/'a.db', on_error='raise', keep_cut=True)
+        part = collect(prompts, t, tmp_path/'a.db', keep_cut=True)
+        assert part.stopped == 'budget' and 5 < len(part) < 80, part
         paid = charged(p)
         assert paid <= t.budget.spent + 1e-9 <= .8 + 1e-9
         t.budget = Budget(100.)
-        found = collect(prompts, t, tmp_path/'a.db')
+        found = collect(prompts, t, tmp_path/'a.db', keep_cut=True)
         assert found.from_cache == sum(r.status == 200 for r in p.requests) - found.asked > 5 and len(found) == 80
 
 

@@ -165,7 +165,7 @@ def test_loops_that_ended_leave_nothing():
         with teacher('openai', p) as t:
             for _ in range(4): asyncio.run(t.agenerate('Hello'))
         assert p.until(lambda p: p.open == 0, 2), 'connections outlived their loops and the teacher'
-        assert len(t.wire._clients) == 0
+        assert len(t.wire._open) == 0
 
 
 @pytest.mark.parametrize('family', ['vllm', 'sglang', 'custom'])

@@ -17,7 +17,7 @@ from .openai import drop
 from .wire import Wire, Wired
 from ..types import BadInput, BadReply, Completion, Message, MissingKey
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #6290ce2b
+# %% ../../nbs/02_teachers.anthropic.ipynb #cbb0af58
 class _Block(Struct, gc=False):
     type: str = ''
     text: str|None = None
@@ -38,9 +38,9 @@ def message_completion(data: bytes, teacher: str) -> Completion: # Raises `BadRe
     return Completion(''.join(b.text or '' for b in reply.content if b.type == 'text'),
                       _REASONS.get(reply.stop_reason, reply.stop_reason), usage_of(reply.usage), reply.model,
                       reasoning=''.join(b.thinking or '' for b in reply.content if b.type == 'thinking') or None,
-                      request_id=reply.id)
+                      request_id=reply.id, refused=reply.stop_reason == 'refusal')
 
-# %% ../../nbs/02_teachers.anthropic.ipynb #382e5b87
+# %% ../../nbs/02_teachers.anthropic.ipynb #e811c8eb
 STREAM_ABOVE = 21_333  # tokens: the SDK expects 128,000 an hour and refuses to wait longer than ten minutes
 
 @register_teacher('anthropic', 'claude')
@@ -79,6 +79,10 @@ class AnthropicTeacher(Wired, Teacher):
         spoken = [m for m in messages if m['role'] not in ('system', 'developer')]
         if not spoken: raise BadInput('there is only a system prompt: give the teacher a question')
         return {'model': self.model, **({'system': system} if system else {}), 'messages': spoken, **params}
+
+    def batch_api(self):
+        from llm_distill.teachers.batches import AnthropicBatches
+        return AnthropicBatches(self, message_completion)
 
     async def attempt(self, request: dict) -> Completion:
         if request['max_tokens'] <= STREAM_ABOVE:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WHO', 'KNOBS', 'providers', 'several', 'Speaking', 'Reading', 'Reckoning', 'Teacher', 'register_teacher']
 
-# %% ../../nbs/02_teachers.base.ipynb #8cb89371
+# %% ../../nbs/02_teachers.base.ipynb #5240cceb
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -78,8 +79,9 @@ class Speaking:
     def generate_batch(self, prompts, system_prompt: str|None = None, **params) -> list[Completion]:
         return run(self.agenerate_batch(prompts, system_prompt, **params))
 
-# %% ../../nbs/02_teachers.base.ipynb #b646d588
-WHO = {'top_logprobs': 'OpenAI models that do not reason, DeepSeek without thinking, vLLM, SGLang, llama.cpp, '
+# %% ../../nbs/02_teachers.base.ipynb #8d00c6fc
+WHO = {'batches': 'OpenAI, Anthropic, compatible servers that have /batches',
+       'top_logprobs': 'OpenAI models that do not reason, DeepSeek without thinking, vLLM, SGLang, llama.cpp, '
                        'a local model',
        'prompt_logprobs': 'a local model, vLLM, SGLang, servers whose completions know echo and logprobs',
        'logits': 'a local model, a custom REST service with /logits'}
@@ -154,7 +156,7 @@ class Reckoning:
                 'gives': sorted(self.gives), 'training_on_answers': training, 'terms': source, 'price': price,
                 'stats': asdict(self.stats), 'card': self.card and asdict(self.card)}
 
-# %% ../../nbs/02_teachers.base.ipynb #ab5ac11d
+# %% ../../nbs/02_teachers.base.ipynb #da0fb4da
 KNOBS = ('temperature', 'max_tokens', 'top_p', 'top_k', 'seed', 'stop', 'logprobs')  # may be set once for all requests
 _ELSEWHERE = {'max_workers': 'others: concurrency= of generate_batch or collect',
               'concurrency': 'the teacher, of generate_batch or of collect',
@@ -222,6 +224,18 @@ class Teacher(Speaking, Reading, Reckoning, Asking, ABC):
         return answer
 
     def send(self, request: dict) -> Completion: return run(self.asend(request))
+
+    def batch_api(self): # A `llm_distill.teachers.batches.BatchApi`
+        "Many requests in one job, at half the price; raises `NotGiven`."
+        raise self.not_given('batches')
+
+    def within(self, budget: Budget|float) -> 'Teacher': # Shares connections, pace and statistics
+        "The same teacher under a further cap; a number is US dollars."
+        if not isinstance(budget, Budget): budget = Budget(budget)
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin.budget = budget if self.budget in (None, budget) else Budget(math.inf, budget, self.budget)
+        return twin
 
     async def aclose(self) -> None: "Let go of the connections of the running event loop."
     def close(self) -> None:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['UsageFields', 'read', 'usage_of', 'chat_completions', 'text_completions', 'response_completions']
 
-# %% ../../nbs/02_teachers.decode.ipynb #b1567aba
+# %% ../../nbs/02_teachers.decode.ipynb #5db5e765
 import json
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec import Raw, Struct
 
 from ..types import BadReply, Completion, TokenLogprobs, Usage
 
-# %% ../../nbs/02_teachers.decode.ipynb #6503040d
+# %% ../../nbs/02_teachers.decode.ipynb #f454bc50
 class _Token(Struct, gc=False):
     token: str
     logprob: float|None = None
@@ -52,6 +53,7 @@ class _Chat(Struct, gc=False):
     choices: list[_Choice]
     id: str|None = None
     model: str = ''
+    system_fingerprint: str|None = None
     usage: UsageFields|None = None
 
 # %% ../../nbs/02_teachers.decode.ipynb #b575e5cd
@@ -74,33 +76,37 @@ def _decoder(shape):
     if shape not in _decoders: _decoders[shape] = msgspec.json.Decoder(shape)
     return _decoders[shape]
 
-# %% ../../nbs/02_teachers.decode.ipynb #3d2e0a42
+# %% ../../nbs/02_teachers.decode.ipynb #81f510ad
 _seen: dict[bytes, bytes] = {}
 
 def _ints(found) -> list[int]:
     if isinstance(found, list) and all(type(b) is int and 0 <= b < 256 for b in found): return found
     raise BadReply('the teacher sent a token whose bytes are none; ask again, or without logprobs=')
 
-def _bytes(entry) -> bytes:
-    raw = bytes(entry.bytes)
-    known = _seen.get(raw)
-    if known is None:
-        if raw in (b'', b'null'): return entry.token.encode()
-        if len(_seen) > 2**18: _seen.clear()
-        known = _seen[raw] = bytes(_ints(json.loads(raw)))
-    return known
+def _unseen(entry, raw: bytes) -> bytes:
+    if raw in (b'', b'null'): return entry.token.encode()
+    if len(_seen) > 2**18: _seen.clear()
+    return _seen.setdefault(raw, bytes(_ints(json.loads(raw))))
 
-def _logprob(entry) -> float: return -9999. if entry.logprob is None else entry.logprob
+def _bytes(entries: list) -> list[bytes]:
+    raw = [bytes(e.bytes) for e in entries]
+    known = list(map(_seen.get, raw))
+    return known if None not in known else [k or _unseen(e, r) for k, e, r in zip(known, entries, raw)]
+
+def _logprobs(entries: list) -> np.ndarray: # A token without any is a very unlikely one
+    values = np.array([e.logprob for e in entries], np.float32)
+    values[np.isnan(values)] = -9999.
+    return values
 
 def _token_logprobs(content: list[_Place]) -> TokenLogprobs:
     "Chat logprobs in our form; a provider's -9999 stays, it means very unlikely."
     rows = [e.top_logprobs or [] for e in content]
-    flat = np.array([_logprob(t) for row in rows for t in row], np.float32)
-    return TokenLogprobs([_bytes(e) for e in content], np.array([_logprob(e) for e in content], np.float32),
-                         [[_bytes(t) for t in row] for row in rows],
-                         np.split(flat, np.cumsum([len(row) for row in rows])[:-1]) if rows else [])
+    flat = [t for row in rows for t in row]
+    tokens, values, ends = _bytes(flat), _logprobs(flat), list(accumulate(map(len, rows), initial=0))
+    cuts = list(map(slice, ends, ends[1:]))
+    return TokenLogprobs(_bytes(content), _logprobs(content), [tokens[c] for c in cuts], [values[c] for c in cuts])
 
-# %% ../../nbs/02_teachers.decode.ipynb #729452e0
+# %% ../../nbs/02_teachers.decode.ipynb #8bb29c58
 def usage_of(u: UsageFields|None) -> Usage:
     "Any provider's count."
     if u is None: return Usage()
@@ -125,9 +131,11 @@ def chat_completions(
     usage = usage_of(reply.usage)
     return [Completion(_text(c.message.content) or c.message.refusal or '', c.finish_reason, usage, reply.model,
                        _token_logprobs(c.logprobs.content) if c.logprobs and c.logprobs.content else None,
-                       c.message.reasoning_content or c.message.reasoning, request_id=reply.id) for c in reply.choices]
+                       c.message.reasoning_content or c.message.reasoning, request_id=reply.id,
+                       refused=bool(c.message.refusal) or c.finish_reason == 'content_filter',
+                       fingerprint=reply.system_fingerprint) for c in reply.choices]
 
-# %% ../../nbs/02_teachers.decode.ipynb #32126876
+# %% ../../nbs/02_teachers.decode.ipynb #e7566733
 class _Columns(Struct, gc=False):
     tokens: list[str]|None = None
     token_logprobs: list[float|None]|None = None
@@ -142,6 +150,7 @@ class _Texts(Struct, gc=False):
     choices: list[_TextChoice]
     id: str|None = None
     model: str = ''
+    system_fingerprint: str|None = None
     usage: UsageFields|None = None
 
 def _escaped_bytes(token: str) -> bytes:
@@ -166,10 +175,11 @@ def text_completions(data: bytes, teacher: str) -> list[Completion]: # As `chat_
     if not reply.choices: raise BadReply(f'{teacher} sent a reply without an answer; ask again')
     usage = usage_of(reply.usage)
     return [Completion(c.text or '', c.finish_reason, usage, reply.model,
-                       _column_logprobs(c.logprobs) if c.logprobs else None, request_id=reply.id)
+                       _column_logprobs(c.logprobs) if c.logprobs else None, request_id=reply.id,
+                       refused=c.finish_reason == 'content_filter', fingerprint=reply.system_fingerprint)
             for c in reply.choices]
 
-# %% ../../nbs/02_teachers.decode.ipynb #116cbfe7
+# %% ../../nbs/02_teachers.decode.ipynb #603b8525
 class _Part(Struct, gc=False):
     type: str = ''
     text: str|None = None
@@ -203,4 +213,5 @@ def response_completions(data: bytes, teacher: str) -> list[Completion]: # One; 
     content = [place for part in spoken for place in part.logprobs or []]
     return [Completion(''.join(p.text or p.refusal or '' for p in spoken),
                        {'max_output_tokens': 'length'}.get(reason, reason), usage_of(reply.usage), reply.model,
-                       _token_logprobs(content) if content else None, '\n'.join(thought) or None, request_id=reply.id)]
+                       _token_logprobs(content) if content else None, '\n'.join(thought) or None, request_id=reply.id,
+                       refused=reason == 'content_filter' or any(p.refusal for p in spoken))]

@@ -42,7 +42,7 @@ def drop(model: str, params: dict, names, why: str) -> None:
         _warned.add((model, *dropped))
         warnings.warn(f'{model} {why}: {", ".join(dropped)} left out', stacklevel=2)
 
-# %% ../../nbs/02_teachers.openai.ipynb #f7ecb79c
+# %% ../../nbs/02_teachers.openai.ipynb #adf6bc7e
 @register_teacher('openai')
 class OpenAITeacher(Wired, Teacher):
     "A teacher behind the OpenAI protocol."
@@ -127,6 +127,10 @@ class OpenAITeacher(Wired, Teacher):
         "A reply as it came; raises `TeacherError`."
         return await self.wire.post(_PATHS[self.api], request, self.heard)
 
+    def batch_api(self):
+        from llm_distill.teachers.batches import OpenAIBatches
+        return OpenAIBatches(self, _PATHS[self.api], READERS[self.api])
+
     async def attempt(self, request: dict) -> Completion:
         answer = READERS[self.api](await self.reply(request), self.model)[0]
         asked = request.get('top_logprobs') or (self.api == 'completions' and request.get('logprobs'))
@@ -135,7 +139,7 @@ class OpenAITeacher(Wired, Teacher):
                            'ask without logprobs=, or see .probe() for what it gives')
         return answer
 
-# %% ../../nbs/02_teachers.openai.ipynb #a1e9247b
+# %% ../../nbs/02_teachers.openai.ipynb #66cac4b1
 @register_teacher('deepseek')
 class DeepSeekTeacher(OpenAITeacher):
     "DeepSeek's API."
@@ -152,6 +156,8 @@ class DeepSeekTeacher(OpenAITeacher):
         state = (options.get('extra') or {}).get('thinking', thinking)
         options['extra'] = (options.get('extra') or {}) | {'thinking': _thinking(state)}
         super().__init__(model or 'deepseek-v4-flash', *args, **options)
+
+    def batch_api(self): raise self.not_given('batches')
 
     def body(self, messages: list[Message], **params) -> dict:
         if 'thinking' in params: params['thinking'] = _thinking(params['thinking'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['until', 'read_limits', 'Bucket', 'Turn', 'RateControl']
 
-# %% ../../nbs/02_teachers.rate.ipynb #c06b2bf2
+# %% ../../nbs/02_teachers.rate.ipynb #ac949dff
 import asyncio
 import logging
 import math
@@ -17,6 +17,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 
 from .background import PerLoop
 from ..types import TeacherBusy
@@ -62,7 +63,7 @@ def read_limits(
             if limit > 0 and reset is not None: found[kind] = limit, remaining, reset; break
     return found
 
-# %% ../../nbs/02_teachers.rate.ipynb #44f54a6c
+# %% ../../nbs/02_teachers.rate.ipynb #14372fe3
 _OVERTAKING = .05  # Seconds by which a request may arrive after one that was sent later
 
 class Bucket:
@@ -81,14 +82,17 @@ class Bucket:
         if self._anchor is None:  # most limits are for a minute; longer ones are windows until they show more
             self._anchor, self.size = (remaining, reset), remaining
             self.refill = limit/60 if remaining + limit/60*reset < 1.5*limit else 0.
-        charged = [e for e in self.sent if e[0] <= sent_at and (e[2] or e[0] <= sent_at - _OVERTAKING)]
+        before = takewhile(lambda e: e[0] <= sent_at, self.sent)  # the oldest stand first
+        charged = [e for e in before if e[2] or e[0] <= sent_at - _OVERTAKING]
         self._learn_scale(sum(e[1] for e in charged), remaining, now)
         self._learn_refill(limit, remaining, reset)
         self.limit, self.remaining, self.asked, self.at, self.end = limit, remaining, sent_at, now, now + reset
         self._most = max(self._most, remaining)
         self.size = min(max(limit, remaining), remaining + self.refill*reset) if self.refill else self._most
-        for entry in charged: self.sent.remove(entry)
-        self.ours = sum(e[1] for e in self.sent)
+        for entry in charged:
+            self.sent.remove(entry)
+            self.ours -= entry[1]
+        if not self.sent: self.ours = 0.  # no rounding piles up
 
     def _learn_refill(self, limit, remaining, reset):
         less, longer = self._anchor[0] - remaining, reset - self._anchor[1]

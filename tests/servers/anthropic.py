@@ -1,18 +1,14 @@
 "The Anthropic protocol: Messages."
-import re
 from types import SimpleNamespace
 
-from . import toy
+from . import anthropic_batches, batches, toy
+from .anthropic_forms import check_headers, failure, refuse  # noqa: F401
 from .chat import Ask, answers, rendered, text_of, think, thought
-from .common import Call, Events, Refusal, Reply, identity
+from .common import Call, Events, Reply, identity
 
 ROOT, LIMITS = '', 'anthropic'
+OPTIONS = dict(answer_tokens=None, **batches.OPTIONS, batch_max_requests=100_000, batch_max_bytes=256_000_000)
 MODELS = ['claude-opus-5', 'claude-sonnet-5', 'claude-sonnet-4-6', 'claude-haiku-4-5']
-KINDS = {400: 'invalid_request_error', 401: 'authentication_error', 402: 'billing_error', 403: 'permission_error',
-         404: 'not_found_error', 413: 'request_too_large', 429: 'rate_limit_error', 500: 'api_error',
-         504: 'timeout_error', 529: 'overloaded_error'}
-MESSAGES = {429: 'This request would exceed your rate limit. Please try again later.', 500: 'Internal server error',
-            529: 'Overloaded'}
 PARAMS = set('''max_tokens messages model cache_control container diagnostics inference_geo metadata output_config
 service_tier speed stop_sequences stream system thinking tool_choice tools user_profile_id workspace_id temperature
 top_p top_k'''.split())
@@ -21,9 +17,11 @@ SAMPLING, NO_SAMPLING, MOST = ('temperature', 'top_p', 'top_k'), '2026-10-21', 2
 
 def options(given: dict) -> SimpleNamespace:
     "Checked options."
-    unknown = set(given) - {'answer_tokens'}
+    unknown = set(given) - set(OPTIONS)
     if unknown: raise TypeError(f'no such options: {unknown}')
-    return SimpleNamespace(**{'answer_tokens': None, 'needs_key': True} | given)
+    made = SimpleNamespace(**OPTIONS | given, needs_key=True)
+    batches.check_options(made)
+    return made
 
 
 def key_sent(headers: dict) -> str|None:
@@ -33,24 +31,6 @@ def key_sent(headers: dict) -> str|None:
 
 
 def own_headers(number: int) -> dict: return {'request-id': identity('req_', number)}
-
-
-def failure(status: int, message: str|None = None, options=None, **_) -> dict:
-    "An error in Anthropic's form."
-    said = message or MESSAGES.get(status, 'Error')
-    return {'type': 'error', 'error': {'type': KINDS.get(status, 'api_error'), 'message': said},
-            'request_id': identity('req_', said)}
-
-
-def refuse(message: str, status: int = 400): raise Refusal(status, failure(status, message))
-
-
-def check_headers(call: Call) -> str:
-    "The version that was asked for."
-    version = call.headers.get('anthropic-version')
-    if not version: refuse('anthropic-version: header is required')
-    if not re.fullmatch(r'\d{4}-\d\d-\d\d', version): refuse(f'anthropic-version: "{version}" is not a valid version')
-    return version
 
 
 def check_messages(messages):
@@ -76,7 +56,7 @@ def check_sampling(body: dict, version: str):
             refuse(f'{name}: Input should be less than or equal to {most}')
 
 
-def check(body: dict, version: str):
+def check(body: dict, version: str, batched: bool = False):
     "What Anthropic insists on."
     for name in body:
         if name not in PARAMS: refuse(f'{name}: Extra inputs are not permitted')
@@ -86,7 +66,7 @@ def check(body: dict, version: str):
     most = body['max_tokens']
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         refuse('max_tokens: Input should be greater than or equal to 1')
-    if most > MOST and not body.get('stream'):
+    if most > MOST and not body.get('stream') and not batched:
         refuse('Streaming is required for operations that may take longer than 10 minutes.')
     check_messages(body.get('messages'))
     check_sampling(body, version)
@@ -113,7 +93,7 @@ def usage_of(ids: list, said: int, call: Call) -> dict:
 def message(call: Call) -> Reply:
     "POST /v1/messages"
     body = call.body
-    check(body, check_headers(call))
+    check(body, check_headers(call), call.batched)
     ask = Ask(body['model'], rendered_request(body), body['max_tokens'], temperature=body.get('temperature', 1.),
               top_p=body.get('top_p', 1.), stop=tuple(body.get('stop_sequences') or ()),
               thinks=(body.get('thinking') or {}).get('type') in ('enabled', 'adaptive'))
@@ -165,6 +145,7 @@ def answer(call: Call) -> Reply:
     "One request."
     at = call.method, call.path
     if at == ('GET', '/v1/models'): return models(call)
+    if anthropic_batches.knows(call.path): return anthropic_batches.answer(call, message)
     if at not in (('POST', '/v1/messages'), ('POST', '/v1/messages/count_tokens')): refuse('Not found', 404)
     if not isinstance(call.body, dict): refuse('The request body is not valid JSON')
     if at[1] == '/v1/messages': return message(call)

@@ -1,5 +1,6 @@
 "What the protocols share: a request, its answer, a refusal, a memory."
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -15,6 +16,13 @@ class Events(list):
     "An answer as server-sent events: pairs of a name or None and a payload, a string as it is."
 
 
+@dataclass(frozen=True)
+class Document:
+    "An answer that is no JSON."
+    kind: str    # Its content type
+    data: bytes
+
+
 class Reply(NamedTuple):
     "What a protocol answers, and what a limiter may charge for it."
     payload: Any
@@ -22,11 +30,14 @@ class Reply(NamedTuple):
     headers: dict = {}
     tokens: int = 0   # Tokens of prompt and answer
     reserve: int = 0  # Tokens of the prompt and all that the answer was allowed
+    then: Callable|None = None  # What is done once the limits have let it pass
 
 
 class Memory:
     "What a server remembers from one request to the next."
-    def __init__(self): self.turns, self.stored, self.prefixes = Counter(), {}, set()
+    def __init__(self):
+        self.turns, self.stored, self.prefixes = Counter(), {}, set()
+        self.files, self.batches = {}, {}
 
     def turn(self, what) -> int:
         "How often this was asked before."
@@ -53,7 +64,11 @@ class Call:
     options: Any
     memory: Memory = field(default_factory=Memory)
     blank: bool = False  # Answer in form, with no text
-    number: int = 0
+    number: int|str = 0
+    query: dict = field(default_factory=dict)
+    raw: bytes = b''
+    root: str = ''         # Of the server
+    batched: bool = False  # A line of a batch
 
 
 def identity(prefix: str, *parts) -> str:

@@ -18,6 +18,7 @@ class Seen:
     at: float              # time.monotonic()
     status: int|None = None # Of the answer; None while there is none
     method: str = 'POST'
+    raw: bytes = b''       # What came, JSON or not
 
 
 class Connection(asyncio.StreamReaderProtocol):
@@ -56,7 +57,7 @@ class Connection(asyncio.StreamReaderProtocol):
     async def answer(self, request: tuple, writer) -> bool:
         "Answer one request; gives whether the connection goes on."
         method, target, headers, data, keep = request
-        seen = Seen(target, headers, parsed(data) if data else None, time.monotonic(), None, method)
+        seen = Seen(target, headers, parsed(data) if data else None, time.monotonic(), None, method, data)
         fault = self.provider._arrived(seen)
         if fault and fault.kind == 'reset': return self.reset()
         if fault and fault.kind == 'hang':

@@ -4,7 +4,7 @@ import json
 import time
 from http import HTTPStatus
 
-from .common import Events
+from .common import Document, Events
 
 REASONS = {s.value: s.phrase for s in HTTPStatus}
 
@@ -41,6 +41,7 @@ def parsed(data: bytes):
 
 def encoded(payload) -> tuple[str, bytes]:
     "The content type and bytes of an answer."
+    if isinstance(payload, Document): return payload.kind, payload.data
     if not isinstance(payload, Events): return 'application/json', json.dumps(payload).encode()
     def line(name, data):
         return (f'event: {name}\n' if name else '') + f'data: {data if isinstance(data, str) else json.dumps(data)}\n\n'

@@ -1,7 +1,7 @@
 "The OpenAI protocol, and what other servers make of it."
 from types import SimpleNamespace
 
-from . import compat, completions, responses, toy
+from . import batches, compat, completions, openai_batches, responses, toy
 from .chat import CREATED, Ask, common, rendered, reply
 from .common import Call, Reply, identity
 from .forms import check_known, check_number, check_present, error, refuse, unsupported
@@ -9,7 +9,8 @@ from .rules import check_model, legacy, reasons, thinks, usage_of
 
 ROOT, LIMITS = '/v1', 'openai'
 FLAVOURS = ('openai', 'vllm', 'sglang', 'llama.cpp', 'plain', 'dropper')
-OPTIONS = dict(flavour='openai', model=None, logprob_space='raw', answer_tokens=None, max_logprobs=20)
+OPTIONS = dict(flavour='openai', model=None, logprob_space='raw', answer_tokens=None, max_logprobs=20,
+               **batches.OPTIONS, batch_max_requests=50_000, batch_max_bytes=200_000_000)
 MODELS = ['gpt-4o', 'gpt-4o-mini', 'gpt-4.1', 'gpt-4.1-mini', 'gpt-5', 'gpt-5-mini', 'gpt-5-chat-latest', 'gpt-5-pro',
           'gpt-5.1', 'gpt-5.1-codex', 'o3', 'o4-mini', 'gpt-3.5-turbo', 'gpt-3.5-turbo-instruct', 'davinci-002',
           'babbage-002']
@@ -28,6 +29,7 @@ def options(given: dict) -> SimpleNamespace:
     made = SimpleNamespace(**OPTIONS | given)
     if made.flavour not in FLAVOURS: raise ValueError(f'no such flavour: {made.flavour}; there are {FLAVOURS}')
     if made.logprob_space not in ('raw', 'processed'): raise ValueError('logprob_space is "raw" or "processed"')
+    batches.check_options(made)
     if made.model is None and made.flavour != 'openai': made.model = 'm'
     return made
 
@@ -147,6 +149,8 @@ def answer(call: Call) -> Reply:
     if call.method == 'GET' and call.path.startswith('/v1/models/'): return models(call)
     if flavour == 'openai' and call.method == 'GET' and call.path.startswith('/v1/responses/'):
         return responses.stored(call)
+    if flavour not in ('plain', 'dropper') and openai_batches.knows(call.path):
+        return openai_batches.answer(call, answer)
     if at not in routes: refuse(404, f'Invalid URL ({call.method} {call.path})', flavour)
     if call.method == 'POST' and not isinstance(call.body, dict):
         refuse(400, 'We could not parse the JSON body of your request.', flavour)

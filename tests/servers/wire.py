@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections import deque
+from urllib.parse import parse_qsl
 
 from . import anthropic, deepseek, openai, rest
 from .common import Call, Memory, Refusal, Reply
@@ -59,6 +60,9 @@ class Provider:
     @property
     def open(self) -> int: "TCP connections open now."; return len(self._connections)
 
+    @property
+    def batches(self) -> dict: "All batches by id, deleted ones too."; return dict(self.memory.batches)
+
     def until(self, test, seconds: float = 5.) -> bool:
         "Wait for `test(self)`; gives whether it came true."
         end = time.monotonic() + seconds
@@ -79,8 +83,10 @@ class Provider:
         def error(status): return self._speak.failure(status, None, self.options)
         wrong = page(fault, error) if fault else None
         if wrong: return wrong[0], own | wrong[1], wrong[2]
-        call = Call(seen.method, seen.path.split('?')[0], seen.headers, seen.body, self.options, self.memory,
-                    bool(fault and fault.kind == 'empty_answer'), len(self.requests))
+        path, _, query = seen.path.partition('?')
+        call = Call(seen.method, path, seen.headers, seen.body, self.options, self.memory,
+                    bool(fault and fault.kind == 'empty_answer'), len(self.requests), dict(parse_qsl(query)), seen.raw,
+                    self.root)
         try: reply = self._answer(call)
         except Refusal as e: reply = Reply(e.payload, e.status, e.headers)
         except Exception as e:
@@ -93,8 +99,9 @@ class Provider:
         self._check_key(call)
         try: reply = self._speak.answer(call)
         except Refusal as e: reply = Reply(e.payload, e.status)
-        if self.limiter is None or call.method != 'POST': return reply
-        told = self._limit(reply.reserve if self.limiter.charge == 'max_tokens' else reply.tokens)
+        limited, told = self.limiter is not None and call.method == 'POST', {}
+        if limited: told = self._limit(reply.reserve if self.limiter.charge == 'max_tokens' else reply.tokens)
+        if reply.then: reply.then()
         return reply._replace(headers={**reply.headers, **told})
 
     def _check_key(self, call: Call):
