@@ -32,7 +32,7 @@ from .teachers.base import Teacher
 from .types import (BadInput, BadReply, BudgetSpent, CacheError, Completion, DistillError, Event, Listener, MissingKey,
                                NotCached, NotGiven, NoText, QuotaSpent, TeacherError, TeacherRefused, TeacherTimeout)
 
-# %% ../nbs/04_collect.ipynb #a827dd69
+# %% ../nbs/04_collect.ipynb #3952ecc5
 @dataclass
 class Settings:
     "How to collect; `acollect` says what each means."
@@ -69,8 +69,9 @@ class Settings:
             raise BadInput(f'{teacher} gives no logprobs; leave logprobs out, and the student learns from the text')
         sample = self.query(teacher, [{'role': 'user', 'content': 'Hello'}], 0)
         if not self.offline: teacher.check_budget(teacher.size(sample.request))
+        if self.mode == 'batch': teacher.batch_api()
 
-# %% ../nbs/04_collect.ipynb #797778df
+# %% ../nbs/04_collect.ipynb #f2049860
 class CollectWarning(UserWarning): "Something about a run that was done all the same."
 
 @dataclass
@@ -94,6 +95,7 @@ class Run:
         self.loop, self.began = background_loop(), time.time()
         self.total = len(prompts)*settings.n if isinstance(prompts, Sized) and not isinstance(prompts, str) else None
         self.items: dict[bytes, Item] = {}  # asked and not yet settled
+        self.notes: list[str] = []
         self.inbox, self.waking, self.unkept, self.in_a_row, self.settled = deque(), False, 0, 0, 0
         try: self.price = self.teacher.price
         except BadInput: self.price = None
@@ -122,7 +124,9 @@ class Run:
         from llm_distill.batch import Batches
         self.batches = Batches(self) if self.how.mode == 'batch' else None
         await self._feed()
-        if self.batches: await self.batches.finish()
+        if self.batches:
+            try: await self.batches.finish()
+            except BudgetSpent as e: await self._settled(); return self._spent(e)
         await self._settled()
         for _ in range(self.how.second_tries):
             if not (again := self.spool.take_later()): return
@@ -153,7 +157,7 @@ class Run:
             here.ends = True
             if not here.on_its_way: task.cancel()
         await asyncio.gather(*self.flights, return_exceptions=True)
-        await self._all_kept()
+        await self.all_kept()
 
     # Prompts in
 
@@ -180,10 +184,11 @@ class Run:
         if query.key in self.items:
             self.tally.equal += 1
             self.items[query.key].waiting.append((position, prompt))
+        elif self.batches and self.batches.attach(query.key, position, prompt): self.tally.equal += 1
         elif not self._found(item := Item(query, [(position, prompt)])):
             if self.how.offline: raise _not_cached(prompt, self.cache.path)
-            self.items[query.key] = item
-            await (self.batches.add(item) if self.batches else self.queue.put(item))
+            if self.batches: self.batches.add(item)
+            else: await self.ask_online(item)
 
     def _found(self, item: Item) -> bool:
         "Settle what is there already."
@@ -197,11 +202,15 @@ class Run:
 
     async def _again(self, item: Item) -> None:
         "A second try."
-        if self._found(item): return
-        self.items[item.query.key] = item
-        await self.queue.put(item)
+        if not self._found(item): await self.ask_online(item)
+
+    def item(self, query: Query) -> Item: return Item(query, []) # That nobody waits for
 
     # Questions out
+
+    async def ask_online(self, item: Item) -> None:
+        self.items[item.query.key] = item
+        await self.queue.put(item)
 
     def _hire(self) -> None:
         here = Flight()
@@ -217,15 +226,18 @@ class Run:
             finally: self.queue.task_done()
 
     async def _ask(self, item: Item) -> None:
-        while self.unkept >= _UNKEPT: self.room.clear(); await self.room.wait()
         try: said = await self.teacher.asend(item.query.request)
-        except BudgetSpent as e: self._halt(e if self.how.on_error == 'raise' else None, 'budget'); self.first_error = e
-        except (TeacherError, BadInput) as e: self._failed(item, e)
-        else: self.answered(item, said)
+        except BudgetSpent as e: self._spent(e)
+        except (TeacherError, BadInput) as e: self.failed(item, e)
+        else: await self.answered(item, said)
+
+    def _spent(self, error: BudgetSpent) -> None:
+        self.first_error = error
+        self._halt(error if self.how.on_error == 'raise' else None, 'budget')
 
     # Answers in
 
-    def answered(self, item: Item, said: Completion, batch: bool = False) -> None:
+    async def answered(self, item: Item, said: Completion, batch: bool = False) -> None:
         "An answer has come; keep it."
         self.in_a_row, usd = 0, self._usd(said, batch)
         self.tally.count(said, usd)
@@ -233,6 +245,7 @@ class Run:
         self.tally.cut += aside
         self.unkept += 1
         self.cache.put_later(item.query, said, usd, aside).add_done_callback(lambda f: self._kept(item, said, f))
+        while self.unkept >= _UNKEPT: self.room.clear(); await self.room.wait()
 
     def _usd(self, said, batch) -> float|None:
         try: return self.price and self.price.usd(said.usage, batch)
@@ -266,16 +279,16 @@ class Run:
         self.tally.refused += told.refused
         self.spool.add(position, (prompt.messages, prompt.meta), item.query, new, row)
 
-    async def _all_kept(self) -> None:
+    async def all_kept(self) -> None:
         while self.unkept: self.room.clear(); await self.room.wait()
 
     async def _settled(self) -> None:
         await self.queue.join()
-        await self._all_kept()
+        await self.all_kept()
 
     # What goes wrong
 
-    def _failed(self, item: Item, error: DistillError) -> None:
+    def failed(self, item: Item, error: DistillError) -> None:
         "A request was not answered."
         self.items.pop(item.query.key, None)
         if self.halted.is_set(): return
@@ -305,8 +318,13 @@ class Run:
         if self.on_event is None: return
         t = self.tally
         metrics = {'asked': t.asked} | ({'failed': t.failed} if t.failed else {}) | ({'usd': t.usd} if t.usd else {})
-        try: self.on_event(Event('collect', self.settled, self.total, metrics))
+        self.tell(Event('collect', self.settled, self.total, metrics))
+
+    def tell(self, event: Event) -> None:
+        try: self.on_event(event)
         except Exception as e: self._halt(e)
+
+    def note(self, words: str) -> None: self.notes.append(words) # For a warning at the end
 
     def _result(self) -> Answers:
         if not self.tally.stopped:
@@ -340,7 +358,7 @@ def _may_pass(error: DistillError) -> bool:
     if isinstance(error, NoText): return False
     return isinstance(error, TeacherTimeout|BadReply) or getattr(error, 'passes', False)
 
-# %% ../nbs/04_collect.ipynb #750d71fa
+# %% ../nbs/04_collect.ipynb #0071c7ba
 def _start(prompts, teacher, cache, on_event, stop, settings) -> tuple: # The run, its future, and what to do at the end
     ours = not isinstance(cache, TeacherCache)
     if ours and settings.offline and not Path(cache).exists(): raise NotCached(f'there is no cache at {cache}; run once without offline=True')
@@ -351,9 +369,9 @@ def _start(prompts, teacher, cache, on_event, stop, settings) -> tuple: # The ru
     except BaseException: done(); raise
     return run, asyncio.run_coroutine_threadsafe(run.go(), run.loop), done
 
-def _warn(answers: Answers) -> Answers:
+def _warn(answers: Answers, notes: list[str]) -> Answers:
     "Say what a reader of the result should know."
-    t, notes = answers.tally, []
+    t, notes = answers.tally, [*notes]
     if t.failed: notes.append(f'{t.failed} prompts were not answered ({", ".join(t.errors)}): see .errors')
     if t.cut: notes.append(f'{t.cut} answers were cut at max_tokens, and the next run will not find them: raise max_tokens, or pass keep_cut=True')
     for what, seen in (('model', t.models), ('system_fingerprint', t.fingerprints)):
@@ -384,7 +402,7 @@ async def acollect(
     settings = Settings(system_prompt, column, n, concurrency, budget, on_error, offline, keep_cut, second_tries, mode, poll_s, params)
     run, future, done = _start(prompts, teacher, cache, on_event, stop, settings)
     result = asyncio.wrap_future(future)
-    try: return _warn(await asyncio.shield(result))
+    try: return _warn(await asyncio.shield(result), run.notes)
     except asyncio.CancelledError:
         if run.interrupt() or not future.done():
             try: await asyncio.shield(result)  # what is in flight is still kept
@@ -409,7 +427,7 @@ def collect(prompts, teacher: Teacher, cache: TeacherCache|str|Path, **settings)
         wait([future], 10)
         raise
     finally: done()
-    return _warn(future.result())
+    return _warn(future.result(), run.notes)
 
 def _wait(future) -> None:
     if threading.current_thread().name == 'llm_distill': raise RuntimeError('this code runs in the background loop: await acollect')

@@ -137,7 +137,7 @@ class Bucket:
         if any(e is entry for e in self.sent): self.ours -= entry[1]
         entry[1] = 0.
 
-# %% ../../nbs/02_teachers.rate.ipynb #c835b776
+# %% ../../nbs/02_teachers.rate.ipynb #da1d7816
 @dataclass
 class Turn:
     "A request that was let through."
@@ -238,7 +238,7 @@ class RateControl:
 
     def _grow(self, now):
         if self._cut_at > -math.inf: self._since_cut += 1
-        self.limit = min(self.concurrency, self.limit + (1 if self._slow_start else 1/self.limit))
+        self.limit = min(self.concurrency, self.limit + (2 if self._slow_start else 1/self.limit))
         if self.pace < math.inf:
             # Doubling until the first measure, then quickly back to what went well, and carefully beyond.
             growth = 2. if math.isinf(self._good_pace) else 1.05 if self.pace < .95*self._good_pace else 1.002
