@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14_cli.ipynb #2821c43c
+# %% ../nbs/14_cli.ipynb #9ad8d545
 import argparse
+import json
 import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import llm_distill
-from .types import DistillError
+from .types import BadInput, DistillError
 
 # %% ../nbs/14_cli.ipynb #4b02343e
 def _demo(args) -> None:
@@ -26,7 +30,131 @@ def _serve(args) -> None:
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready)
 
-# %% ../nbs/14_cli.ipynb #4bfc4624
+# %% ../nbs/14_cli.ipynb #753c0aa1
+_TEACHER = ('provider', 'model', 'base_url', 'timeout', 'config')
+_PARAMS = ('max_tokens', 'temperature', 'top_p', 'seed', 'logprobs')
+_RUN = ('system_prompt', 'column', 'n', 'concurrency', 'budget', 'on_error', 'mode', 'poll_s', 'offline', 'keep_cut')
+
+def _told(args) -> dict:
+    "What the command line says, and for the rest what the run before was told."
+    told = {k: v for k, v in vars(args).items() if k in ('prompts', 'param', *_TEACHER, *_PARAMS, *_RUN) and v not in (None, False)}
+    before = Path(args.out)/'run.json'
+    if not args.resume: return told
+    try: return json.loads(before.read_text(encoding='utf-8')) | told
+    except (OSError, ValueError) as e: raise BadInput(f'nothing to resume in {args.out} ({e}); give the prompts and the teacher') from e
+
+def _params(told: dict) -> dict:
+    "Parameters of the requests."
+    params = {k: told[k] for k in _PARAMS if k in told}
+    for pair in told.get('param', []):
+        name, equals, value = pair.partition('=')
+        if not equals or not name: raise BadInput(f'--param is NAME=VALUE, not {pair!r}')
+        try: params[name] = json.loads(value)
+        except ValueError: params[name] = value
+    return params
+
+def _collect(args) -> int:
+    from llm_distill.collect import collect, outlook
+    from llm_distill.progress import Progress
+    from llm_distill.tables import atomically
+    from llm_distill.teachers.registry import create_teacher
+    told, cache = _told(args), Path(args.out)/'cache.db'
+    if 'prompts' not in told: raise BadInput('say which prompts: a .jsonl, .csv, .parquet or text file')
+    params, source = _params(told), told['prompts']
+    with create_teacher(**{k: told[k] for k in _TEACHER if k in told}) as teacher:
+        how = {k: told[k] for k in _RUN if k in told}
+        planned = {k: how[k] for k in ('system_prompt', 'column', 'n', 'mode') if k in how}
+        known = 'max_tokens' in params or 'max_tokens' in teacher.defaults
+        plan = outlook(source, teacher, cache, **planned, **params) if args.estimate_only or known else None
+        if plan: print(plan, flush=True)
+        if args.estimate_only: return 0
+        with atomically(Path(args.out)/'run.json') as f: json.dump(told, f, indent=2)
+        with Progress(labels={'collect': 'asking'}) as show, warnings.catch_warnings():
+            def listen(e): show(replace(e, total=plan.prompts) if plan and e.total is None else e)
+            warnings.simplefilter('always')
+            warnings.showwarning = lambda message, *_, **__: print(f'llm-distill: {message}', file=sys.stderr)
+            answers = collect(source, teacher, cache, on_event=listen, **how, **params)
+    files = answers.save(args.out, args.parquet)
+    cost = '' if answers.usd is None else f', {answers.usd:.4g} USD'
+    print(f'{len(answers):,} answers: {answers.asked:,} asked, {answers.from_cache:,} from the cache{cost}, '
+          f'{answers.seconds:.1f} s, {len(answers.errors):,} failed')
+    print('written: ' + ', '.join(map(str, files)))
+    if answers.stopped: print(f'stopped ({answers.stopped}); go on with: llm-distill collect --resume --out {args.out}')
+    return 130 if answers.stopped == 'interrupted' else int(bool(answers.stopped or answers.errors))
+
+def _cache(args) -> None:
+    from llm_distill.cache import TeacherCache
+    if not Path(args.file).exists() and args.action != 'merge': raise BadInput(f'there is no cache at {args.file}')
+    with TeacherCache(args.file) as cache: _ACTIONS[args.action](cache, args)
+
+def _cache_stats(cache, args) -> None: print(json.dumps(cache.stats(), indent=2, ensure_ascii=False))
+
+def _cache_browse(cache, args) -> None:
+    shown = cache.browse(args.search, args.limit, args.model)
+    if args.html: print(f'written: {shown.save(args.html)}')
+    else: print(shown)
+
+def _cache_export(cache, args) -> None:
+    from llm_distill.answers import export_answers
+    print(f'{export_answers(cache, args.to, args.model, args.details):,} answers written to {args.to}')
+
+def _cache_merge(cache, args) -> None:
+    for other in args.others: print(f'{cache.merge(other):,} new answers from {other}')
+
+def _cache_copy(cache, args) -> None: print(f'written: {cache.copy_to(args.to)}')
+
+_ACTIONS = {'stats': _cache_stats, 'browse': _cache_browse, 'export': _cache_export, 'merge': _cache_merge, 'copy': _cache_copy}
+
+# %% ../nbs/14_cli.ipynb #b541809c
+def _add_collect(add) -> None:
+    add('prompts', nargs='?', help='a .jsonl, .json, .csv, .tsv or .parquet file, or text with one prompt a line')
+    add('--out', required=True, metavar='DIR', help='folder for the cache, the answers and the statistics')
+    add('--provider', help='openai, anthropic, deepseek, openai-compatible, custom, local; left out: API_TYPE of the environment')
+    add('--model', help="the model's name there; left out: API_MODEL")
+    add('--base-url', help='the address, where it is not the usual one; left out: API_BASE_URL')
+    add('--config', metavar='FILE', help='a JSON file with settings of the teacher')
+    add('--timeout', type=float, metavar='S', help='seconds for one attempt')
+    for name, kind, text in (('max-tokens', int, 'the longest answer'), ('temperature', float, 'of sampling'),
+                             ('top-p', float, 'of sampling'), ('seed', int, 'of sampling'),
+                             ('logprobs', int, 'so many of the likeliest tokens at each place')):
+        add(f'--{name}', type=kind, help=text)
+    add('--param', action='append', metavar='NAME=VALUE', help='any other parameter of the request; VALUE may be JSON')
+    add('--system-prompt', help='put before each conversation that has none')
+    add('--column', help='the field of a record that is asked; left out, "messages" or "prompt"')
+    add('--n', type=int, help='answers to each prompt')
+    add('--concurrency', type=int, help='requests in flight at most; left out, 64')
+    add('--budget', type=float, metavar='USD', help='the most that this run may cost')
+    add('--mode', choices=['online', 'batch'], help='batch: by the provider\'s batch API, at half the price, within a day')
+    add('--poll-s', type=float, metavar='S', help='seconds between looks at a batch')
+    add('--on-error', choices=['record', 'raise'], help='go on without the prompts that fail, or stop at the first one')
+    add('--keep-cut', action='store_true', help='answers that were cut at the longest length count as answers')
+    add('--offline', action='store_true', help='ask nothing: what is not in the cache is an error')
+    add('--estimate-only', action='store_true', help='say what the run would ask and cost, and ask nothing')
+    add('--parquet', action='store_true', help='write a table with all details as well; needs pyarrow')
+    add('--resume', action='store_true', help='go on with the run in this folder, with what it was told')
+
+def _add_cache(commands) -> None:
+    actions = commands.add_parser('cache', help='look into a cache of answers, and take answers out').add_subparsers(
+        required=True, metavar='ACTION')
+    def action(name, text):
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=_cache, action=name, stopped='')
+        sub.add_argument('file', help='the cache, e.g. DIR/cache.db')
+        return sub.add_argument
+    action('stats', 'counts, tokens and money by teacher')
+    add = action('browse', 'a table of the newest answers')
+    add('--search', help='only answers with these words in the prompt or the text')
+    add('--limit', type=int, default=200, help='so many')
+    add('--model', help='of one model alone')
+    add('--html', metavar='FILE', help='write a page, with the probabilities of the tokens, in place of the table')
+    add = action('export', 'write all answers for fine-tuning')
+    add('to', help='a .jsonl or .parquet file')
+    add('--model', help='of one model alone')
+    add('--details', action='store_true', help='all that is known, in .jsonl too')
+    action('merge', 'take over the answers of other caches')('others', nargs='+', help='other caches; they stay as they are')
+    action('copy', 'a copy for a drive on which no cache can live')('to', help='the new file')
+
+# %% ../nbs/14_cli.ipynb #5a430b0d
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill',
                                      description='From an API key to a small language model of your own.')
@@ -47,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         help='a model folder or hub name in place of the teacher from PyPI')
     add('--prompts', metavar='FILE', help='your own prompts, one a line, or JSONL with "prompt" or "messages"')
     add('--device', help='cpu, cuda, mps; left out, the best there is')
+    _add_collect(command('collect', _collect, 'ask a teacher many prompts, and keep every answer',
+                         '; what has come so far is kept, --resume goes on from there'))
+    _add_cache(commands)
     add = command('serve', _serve, 'serve a model behind an OpenAI-compatible API')
     add('model', help='a model folder, a hub name, or smollm2')
     add('--host', default='127.0.0.1', help='where to listen; the default is for this machine alone')
@@ -56,17 +187,16 @@ def _parser() -> argparse.ArgumentParser:
     add('--device', help='cpu, cuda, mps; left out, the best there is')
     return parser
 
-# %% ../nbs/14_cli.ipynb #a142f938
+# %% ../nbs/14_cli.ipynb #5b2a75ba
 def main(
     argv: list[str]|None = None, # Words of the command line; None takes this process's
 ) -> int:                        # 0 when done, 1 for an error said in one line, 130 when interrupted
     "Run a command."
     args = _parser().parse_args(argv)
-    try: args.run(args)
+    try: return args.run(args) or 0
     except (DistillError, ImportError) as e:
         print(f'llm-distill: {" ".join(str(e).split())}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f'\nllm-distill: stopped{args.stopped}', file=sys.stderr)
         return 130
-    return 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'FAST', 'demo_prompts', 'Plan', 'ask_streaming', 'run_demo']
 
-# %% ../nbs/12a_demo.ipynb #03d555ce
+# %% ../nbs/12a_demo.ipynb #2a729dd5
 import json
 import shutil
 import tempfile
@@ -15,7 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import llm_distill
-from .collect import Answer, collect, read_prompts
+from .collect import collect
+from .prompts import read_prompts
+from .records import Answer
 from .pricing import price
 from .progress import Progress
 from .report import report_page, write_atomically

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Scores', 'evaluate', 'write']
 
-# %% ../nbs/09_evaluate.ipynb #49752de0
+# %% ../nbs/09_evaluate.ipynb #876aea0e
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from .collect import Answer
+from .records import Answer
 from .losses import topk_tail_kl
 from .models import encode_chat, fusable_head, last_hidden
 from .targets import collate, make_examples

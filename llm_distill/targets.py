@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TargetMaker', 'make_examples', 'collate']
 
-# %% ../nbs/05_targets.ipynb #3d047d5c
+# %% ../nbs/05_targets.ipynb #0cc28cc7
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from .collect import Answer
+from .records import Answer
 from .models import encode_chat, token_ids
 from .types import BadInput
 

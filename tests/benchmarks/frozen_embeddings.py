@@ -18,7 +18,7 @@ def main(cache: str):
     # Everything is in the cache; nobody needs to answer at this address.
     teacher = create_teacher('openai-compatible', 'SmolLM2-135M-Instruct', base_url='http://127.0.0.1:9/v1',
                              cache_as=fingerprint(find_model('smollm2')), max_retries=0)
-    answers = collect(FULL.choose(demo_prompts()), teacher, cache, logprobs=20, seed=0, temperature=.7,
+    answers = collect(FULL.choose(demo_prompts()), teacher, cache, logprobs=20, seed=0, temperature=.7, keep_cut=True,
                       max_tokens=FULL.max_tokens)
     train, heldout = ([a for a in answers if a.meta['split'] == s] for s in ('train', 'heldout'))
     tokenizer, big = load_tokenizer('smollm2'), load_model('smollm2', 'cpu', torch.float32)

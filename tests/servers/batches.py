@@ -11,7 +11,7 @@ from .common import Call, Document, Refusal
 
 OPTIONS = dict(
     batch_polls=2,     # GETs of a batch that find it unfinished
-    batch_fault=None,  # From a custom_id and the number of its line, from 1, to None, "expired" or "error"
+    batch_fault=None,  # From a custom_id and the number of its line, from 1, to None, "expired", "error" or an Outcome
 )
 DAY = 24*60*60
 
@@ -70,6 +70,7 @@ class Batch:
         custom_id, body = self.requests[n]
         fault = self.call.options.batch_fault
         what = fault(custom_id, n + 1) if fault else None
+        if isinstance(what, Outcome): return what
         if what not in (None, 'expired', 'error'): raise ValueError(f'batch_fault gave {what!r}')
         if what == 'expired': return Outcome('expired')
         line = replace(self.call, path=self.endpoint, body=body, number=f'{self.id}/{n}', query={}, batched=True)

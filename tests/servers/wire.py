@@ -1,5 +1,6 @@
 "A real HTTP/1.1 server on 127.0.0.1, in a thread of this process, that speaks one provider's protocol."
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -31,7 +32,7 @@ class Provider:
         self._speak = PROTOCOLS[protocol]
         self.key, self.delay_s, self.always, self.limiter = key, delay_s, always, limiter
         self.options, self.memory, self._faults = self._speak.options(options), Memory(), deque(faults)
-        self.requests, self.gone, self._connections = [], [], set()
+        self.requests, self.gone, self._connections, self._at = [], [], set(), []
         listener = socket.create_server(('127.0.0.1', 0), backlog=2048)
         self.port = listener.getsockname()[1]
         self.root = f'http://127.0.0.1:{self.port}'
@@ -71,9 +72,16 @@ class Provider:
 
     def add(self, *faults: Fault|None): "Queue what goes wrong next."; self._faults.extend(faults)
 
+    def at(self, where: str, *faults: Fault|None):
+        "Queue what goes wrong with the next requests that a pattern finds, e.g. 'GET .*/content'."
+        self._at.extend((where, fault) for fault in faults)
+
     def _arrived(self, seen: Seen) -> Fault|None:
         "Note a request; gives what goes wrong with it."
         self.requests.append(seen)
+        here = next((pair for pair in self._at if re.search(pair[0], f'{seen.method} {seen.path}')), None)
+        if here: self._at.remove(here)
+        if here: return here[1]
         if seen.method != 'POST': return None
         return self._faults.popleft() if self._faults else self.always
 
