@@ -29,7 +29,7 @@ from .records import Answer, answer_schema, as_record, as_row, from_record
 from .tables import arrow_schema, atomically, read_rows, write_jsonl, write_parquet
 from .types import BadInput, Completion, Message, Usage, missing_package
 
-# %% ../nbs/03c_answers.ipynb #2072efce
+# %% ../nbs/03c_answers.ipynb #bf6f1c86
 @dataclass
 class Failure:
     "A question that was not answered."
@@ -72,13 +72,15 @@ class Tally:
         "For `stats.json`."
         names = 'prompts', 'asked', 'from_cache', 'equal', 'failed', 'refused', 'cut', 'usd', 'seconds', 'stopped'
         times, s = np.array(self.latencies), max(self.seconds, 1e-9)
-        spread = {'mean': times.mean(), **{f'p{q}': np.percentile(times, q) for q in (50, 90, 99)}, 'max': times.max()} if len(times) else {}
+        spread = {'mean': times.mean(), **{f'p{q}': np.percentile(times, q) for q in (50, 90, 99)},
+                  'max': times.max()} if len(times) else {}
         return {n: getattr(self, n) for n in names} | {
-            'answers': self.prompts - self.failed, **vars(self.usage), 'latency_s': {k: round(float(v), 4) for k, v in spread.items()},
+            'answers': self.prompts - self.failed, **vars(self.usage),
+            'latency_s': {k: round(float(v), 4) for k, v in spread.items()},
             'requests_per_s': round(self.asked/s, 2), 'tokens_per_s': round(self.usage.completion_tokens/s, 2),
             **{n: dict(getattr(self, n)) for n in ('errors', 'finish_reasons', 'models', 'fingerprints')}}
 
-# %% ../nbs/03c_answers.ipynb #d51239a2
+# %% ../nbs/03c_answers.ipynb #b491139a
 _IN_MEMORY = 512  # answers
 
 class Spool:
@@ -109,7 +111,8 @@ class Spool:
         row: int,   # Of the cache
     ) -> None:
         "Where the answer to a question is."
-        self.ask('insert into item values (?,?,?,?,?,?)', position, row, query.top_k, new, query.sample, pickle.dumps(asked))
+        self.ask('insert into item values (?,?,?,?,?,?)',
+                 position, row, query.top_k, new, query.sample, pickle.dumps(asked))
 
     def fail(self, position: int, failure: Failure) -> None:
         self.ask('insert or replace into failure values (?,?)', position, pickle.dumps(failure))
@@ -146,16 +149,17 @@ class Spool:
         few = len(self) <= _IN_MEMORY
         return Answers([self[i] for i in range(len(self))] if few else self, errors, tally, manifest)
 
-# %% ../nbs/03c_answers.ipynb #18b05f62
+# %% ../nbs/03c_answers.ipynb #a91d869b
 class Shelf:
     "Things by key, some of them sent already."
     def __init__(self, spool: Spool):
         self.ask = spool.ask
-        self.ask('create table shelf (id integer primary key, key blob not null unique, what blob, sent integer not null)')
+        self.ask('create table shelf '
+                 '(id integer primary key, key blob not null unique, what blob, sent integer not null)')
 
     def put(self, key: bytes, what, sent: bool) -> None:
-        self.ask('insert into shelf (key, what, sent) values (?,?,?) on conflict (key) do update set what=excluded.what', key,
-                 pickle.dumps(what), sent)
+        self.ask('''insert into shelf (key, what, sent) values (?,?,?)
+                 on conflict (key) do update set what=excluded.what''', key, pickle.dumps(what), sent)
     def get(self, key: bytes): # None where there is none
         found = self.ask('select what from shelf where key=?', key)
         return pickle.loads(found[0][0]) if found else None
@@ -169,17 +173,18 @@ class Shelf:
     def unsent(self) -> Iterator: # In the order in which they were put there
         last = -1
         while rows := self.ask('select id, what from shelf where not sent and id>? order by id limit 200', last):
-            for last, what in rows: yield pickle.loads(what)
+            yield from (pickle.loads(what) for _, what in rows)
+            last = rows[-1][0]
 
-# %% ../nbs/03c_answers.ipynb #3f69d828
+# %% ../nbs/03c_answers.ipynb #841baaab
 class Saved:
     "The part of `Answers` that writes."
     def to_jsonl(
         self,
         path: str|Path,
-        details: bool = False,                         # All that is known; else `messages` alone, as fine-tuning reads it
-        which: Callable[[Answer], bool]|None = None,   # Those to write, e.g. lambda a: not a.completion.refused; None: all
-    ) -> int:                                          # How many
+        details: bool = False,                       # All that is known; else `messages` alone, as fine-tuning reads it
+        which: Callable[[Answer], bool]|None = None, # These alone, e.g. lambda a: not a.completion.refused; None: all
+    ) -> int:                                        # How many
         "One record a line."
         return write_jsonl(path, (as_record(a, details) for a in self if which is None or which(a)))
 
@@ -211,7 +216,7 @@ class Saved:
     def _save_stats(self, path: Path) -> None:
         with atomically(path) as f: json.dump(self.stats(), f, indent=2, ensure_ascii=False)
 
-# %% ../nbs/03c_answers.ipynb #c2ed48c0
+# %% ../nbs/03c_answers.ipynb #f691b053
 class Answers(Saved, Sequence):
     "Answers in the order of the prompts, with what it took to get them."
     def __init__(
@@ -255,11 +260,11 @@ class Answers(Saved, Sequence):
         return Browser([_shown(a) for a in found[:limit]], len(found), 'this run', search)
 
 def _shown(a: Answer) -> Row:
-    c = a.completion
-    return Row(a.prompt, a.text, c.model, c.finish_reason, c.refused, None, c.usage.prompt_tokens, c.usage.completion_tokens,
+    c, used = a.completion, a.completion.usage
+    return Row(a.prompt, a.text, c.model, c.finish_reason, c.refused, None, used.prompt_tokens, used.completion_tokens,
                c.latency_s, 0., a.sample, a.messages, c.reasoning, c.logprobs)
 
-# %% ../nbs/03c_answers.ipynb #badf0645
+# %% ../nbs/03c_answers.ipynb #37f28cb9
 def read_answers(
     source: str|Path|Iterable, # A file that was written here or elsewhere, a Dataset, records
 ) -> Answers:                  # Raises `BadInput`
@@ -278,8 +283,9 @@ def export_answers(
     details: bool = False,  # All that is known in .jsonl too; else `messages`
 ) -> int:                   # How many
     "Write all answers of a cache, a few at a time."
-    if Path(path).suffix == '.parquet': return write_parquet(path, map(as_row, cached_answers(cache, model)), answer_schema())
-    return write_jsonl(path, (as_record(a, details) for a in cached_answers(cache, model)))
+    answers = cached_answers(cache, model)
+    if Path(path).suffix == '.parquet': return write_parquet(path, map(as_row, answers), answer_schema())
+    return write_jsonl(path, (as_record(a, details) for a in answers))
 
 def cached_answers(
     cache: TeacherCache,

@@ -23,7 +23,7 @@ from .teachers.asking import no_text
 from .teachers.batches import Look
 from .types import BudgetSpent, Completion, Event, TeacherBusy, TeacherError, TeacherRefused, Usage
 
-# %% ../nbs/03d_batch.ipynb #1198fed1
+# %% ../nbs/03d_batch.ipynb #922eb54b
 @dataclass
 class Job:
     "A batch at the provider."
@@ -45,10 +45,9 @@ class Jobs:
     async def begin(self, queries: list[Query]) -> Job:
         "Write down what is about to be sent."
         job = Job(uuid.uuid4().hex, None, len(queries), time.time())
-        note = json.dumps({'requests': job.requests})
+        row = job.name, self.endpoint, self.kind, '', job.created, json.dumps({'requests': job.requests})
         items = [(job.name, q.key, squeeze([q.request, q.sample])) for q in queries]
-        await self._write(('insert into job values (?,?,?,?,?,?)', (job.name, self.endpoint, self.kind, '', job.created, note)),
-                          ('insert into job_item values (?,?,?)', items))
+        await self._write(('insert into job values (?,?,?,?,?,?)', row), ('insert into job_item values (?,?,?)', items))
         return job
 
     async def sent(self, job: Job, id: str) -> None:
@@ -57,7 +56,8 @@ class Jobs:
 
     async def forget(self, job: Job) -> None:
         "It has ended, and its answers are kept."
-        await self._write(('delete from job_item where job=?', (job.name,)), ('delete from job where id=?', (job.name,)))
+        await self._write(('delete from job_item where job=?', (job.name,)),
+                          ('delete from job where id=?', (job.name,)))
 
     def open(self) -> list[Job]:
         "Those that have not ended, oldest first."
@@ -72,15 +72,16 @@ class Jobs:
 
     def has(self, key: bytes) -> bool:
         "Whether a job that has not ended asks this."
-        return bool(self.cache.read('select 1 from job_item join job on job.id=job where key=? and endpoint=? limit 1', key,
-                                    self.endpoint))
+        return bool(self.cache.read('select 1 from job_item join job on job.id=job where key=? and endpoint=? limit 1',
+                                    key, self.endpoint))
 
     def keys(self, job: Job) -> Iterator[bytes]:
         last = b''
-        while rows := self.cache.read('select key from job_item where job=? and key>? order by key limit 1000', job.name, last):
+        while rows := self.cache.read('select key from job_item where job=? and key>? order by key limit 1000',
+                                      job.name, last):
             for (last,) in rows: yield last
 
-# %% ../nbs/03d_batch.ipynb #27da5e17
+# %% ../nbs/03d_batch.ipynb #9c0dc647
 _CHUNK = 20_000, 100_000_000  # requests and bytes in one job at most, whatever the provider allows
 
 class Batches:
@@ -189,7 +190,9 @@ class Batches:
         "File the answers of a job; what has none is asked online."
         if look.error is None:
             async for name, said in self.api.results(job.id): await self._file(job, name, said)
-        else: self.run.note(f'the batch {job.id} failed ({look.error}): its requests are asked one by one, at the full price')
+        else:
+            self.run.note(f'the batch {job.id} failed ({look.error}): '
+                          'its requests are asked one by one, at the full price')
         await self.run.all_kept()
         left = TeacherBusy('the batch ended without this answer')
         for key in list(self.jobs.keys(job)):

@@ -30,7 +30,7 @@ from .tables import atomically
 from .query import Query
 from .types import BadInput, CacheError, Completion, TokenLogprobs, Usage
 
-# %% ../nbs/03_cache.ipynb #d09b1f57
+# %% ../nbs/03_cache.ipynb #a9d80ba7
 _APPLICATION = 0x4C4C4D44  # "LLMD", marks the file as ours
 _TABLES = '''
 create table teacher (id integer primary key, endpoint text not null, model text not null, unique (endpoint, model));
@@ -48,8 +48,8 @@ create table job_item (job text not null, key blob not null, body blob not null,
 '''
 _COLUMNS = ('key', 'family', 'teacher', 'sample', 'top_k', 'created', 'usd', 'prompt_tokens', 'completion_tokens',
             'latency_s', 'finish', 'refused', 'aside', 'body', 'logprobs')
-_INSERT = f'''insert into answer ({",".join(_COLUMNS)}) values ({",".join("?"*len(_COLUMNS))}) on conflict (key) do update
-    set {",".join(f"{c}=excluded.{c}" for c in _COLUMNS)} where aside'''
+_INSERT = f'''insert into answer ({",".join(_COLUMNS)}) values ({",".join("?"*len(_COLUMNS))})
+    on conflict (key) do update set {",".join(f"{c}=excluded.{c}" for c in _COLUMNS)} where aside'''
 
 def squeeze(what) -> bytes: # JSON, compressed
     return zlib.compress(json.dumps(what, ensure_ascii=False, separators=(',', ':')).encode(
@@ -106,7 +106,7 @@ def _from_version_1(db: sqlite3.Connection) -> None:
         shelf.insert(Kept(Query(endpoint, json.loads(request), sample), Completion(**fields), None, created))
     db.execute('drop table old')
 
-# %% ../nbs/03_cache.ipynb #93abaeba
+# %% ../nbs/03_cache.ipynb #63a20124
 class _Shelf:
     "The tokens and teachers of a file, as one connection sees them."
     def __init__(self, db): self.db, self._teachers, self._tokens, self._kept, self._seen = db, {}, {}, {}, None
@@ -143,7 +143,7 @@ class _Shelf:
         "What was new since the last commit is not there."
         for known in (self._teachers, self._tokens, self._kept): known.clear()
 
-    def insert(self, kept: Kept) -> tuple[int, bool]: # Its row, and whether it is new: a first answer stays, unless aside
+    def insert(self, kept: Kept) -> tuple[int, bool]: # Its row, and if it is new: a first answer stays, unless aside
         "Add an answer."
         teacher, rows = self.teacher(kept.query.endpoint, kept.query.model), kept.completion.logprobs
         if rows is not None and teacher not in self._tokens: self.refresh(teacher)
@@ -155,12 +155,12 @@ class _Shelf:
         new = self.db.execute(_INSERT, _columns(kept, teacher, blob)).rowcount > 0
         return self.db.execute('select id from answer where key=?', (kept.query.key,)).fetchone()[0], new
 
-# %% ../nbs/03_cache.ipynb #da707368
+# %% ../nbs/03_cache.ipynb #8d7c5d39
 class _File:
     "The file, its reader and its writer."
     def __init__(
         self,
-        path: str|Path,             # The file; made if it is not there. Raises `CacheError` for anything but a sound cache
+        path: str|Path,             # Made if it is not there; raises `CacheError` for anything but a sound cache
         durability: str = 'normal', # "full" survives a loss of power too, "normal" any crash of the process
     ):
         self.path, self.durability = Path(path), durability
@@ -200,11 +200,11 @@ class _File:
     def __exit__(self, *_): self.close()
     def __repr__(self) -> str: return f'{type(self).__name__}({str(self.path)!r})'
 
-# %% ../nbs/03_cache.ipynb #38418179
+# %% ../nbs/03_cache.ipynb #181986b6
 class _Keeping(_File):
     "The part of a cache that takes in."
     def put_later(self, query: Query, completion: Completion, usd: float|None = None, aside: bool = False) -> Future:
-        "As `put`, without waiting: the future is done when the answer is safe; it gives the row, and whether it is new."
+        "As `put`, without waiting: the future is done when the answer is safe; it gives the row, and if it is new."
         return self._add(Kept(query, completion, usd, time.time(), aside), now=False)
 
     def put(
@@ -227,7 +227,7 @@ class _Keeping(_File):
             if len(waiting) >= 1000: new, waiting = new + sum(f.result()[1] for f in waiting), []
         return new + sum(f.result()[1] for f in waiting)
 
-# %% ../nbs/03_cache.ipynb #9d4cbe30
+# %% ../nbs/03_cache.ipynb #cb85e38e
 class Place(NamedTuple):
     "Where an answer is, and what can be said without reading it."
     row: int
@@ -243,12 +243,13 @@ class _Finding(_File):
     def find(self, query: Query, aside: bool = False) -> Place|None: # None where nobody has asked
         "Where the answer to a request is, one that was put aside included if so wanted."
         found = self.read(f'{_PLACE} key=? and aside<=?', query.key, aside) or self.read(
-            f'{_PLACE} family=? and top_k>=? and aside<=? order by aside, top_k limit 1', query.family, query.top_k, aside)
+            f'{_PLACE} family=? and top_k>=? and aside<=? order by aside, top_k limit 1',
+            query.family, query.top_k, aside)
         if not found: return None
         row, finish, refused, put_aside, created = found[0]
         return Place(row, finish, bool(refused), bool(put_aside), created)
 
-    def at(self, row: int, top_k: int|None = None) -> Kept: # With at most so many alternatives; None: all, -1: no logprobs
+    def at(self, row: int, top_k: int|None = None) -> Kept: # At most so many alternatives; None: all, -1: no logprobs
         "The answer in a row."
         found = self.read(f'{_SELECT} where answer.id=?', row)
         if not found: raise CacheError(f'{self.path} has no row {row}; was it made anew meanwhile?')
@@ -278,11 +279,12 @@ class _Finding(_File):
     def __contains__(self, query: Query) -> bool: return self.find(query) is not None
     def __len__(self) -> int: return self.read('select count(*) from answer where not aside')[0][0]
 
-    def rows(self, newest_first: bool = False, model: str|None = None) -> Iterator[Kept]: # Of one teacher's model, or all
+    def rows(self, newest_first: bool = False, model: str|None = None) -> Iterator[Kept]: # Of one model, or of all
         "All that is kept, a few at a time."
         sign, order, last = ('<', 'desc', 2**62) if newest_first else ('>', 'asc', -1)
         while ids := self.read(f'''select answer.id from answer join teacher on teacher.id = answer.teacher
-                where not aside and answer.id{sign}? and (? is null or model=?) order by answer.id {order} limit 200''', last, model, model):
+                where not aside and answer.id{sign}? and (? is null or model=?)
+                order by answer.id {order} limit 200''', last, model, model):
             for (last,) in ids: yield self.at(last)
 
     def __iter__(self) -> Iterator[Kept]: return self.rows()
@@ -291,17 +293,18 @@ class _Finding(_File):
         "All log-probabilities as arrays: rows, whose tokens, all their places, and where each row's begin (n + 1,)."
         for (teacher,) in self.read('select id from teacher'):
             last = -1
-            while found := self.read('''select id, logprobs from answer where teacher=? and id>? and logprobs is not null
-                    order by id limit ?''', teacher, last, chunk):
+            while found := self.read('''select id, logprobs from answer
+                    where teacher=? and id>? and logprobs is not null order by id limit ?''', teacher, last, chunk):
                 ids, packed = map(list, zip(*found))
                 try: arrays, begins = unpack_all(packed)
                 except ValueError as e: raise refuse(self.path, f'damaged ({e})') from e
                 yield ids, self._vocabulary(teacher, arrays), arrays, begins
                 last = ids[-1]
 
-# %% ../nbs/03_cache.ipynb #ae999459
+# %% ../nbs/03_cache.ipynb #e72f24fc
 _COUNTS = '''select model, endpoint, count(*), sum(prompt_tokens), sum(completion_tokens), sum(usd), sum(usd is null),
-    sum(refused), sum(aside), sum(logprobs is not null) from answer join teacher on teacher.id = answer.teacher group by teacher.id'''
+    sum(refused), sum(aside), sum(logprobs is not null)
+    from answer join teacher on teacher.id = answer.teacher group by teacher.id'''
 
 class TeacherCache(_Keeping, _Finding):
     "Answers by request, in one file; may be used from several threads and processes."
@@ -310,7 +313,8 @@ class TeacherCache(_Keeping, _Finding):
         names = ('model', 'endpoint', 'answers', 'prompt_tokens', 'completion_tokens', 'usd', 'usd_unknown', 'refused',
                  'aside', 'with_logprobs')
         teachers = [dict(zip(names, row)) for row in self.read(_COUNTS)]
-        finish = dict(self.read('select coalesce(finish, ?), count(*) from answer group by 1 order by 2 desc', 'not told'))
+        finish = dict(self.read(
+            'select coalesce(finish, ?), count(*) from answer group by 1 order by 2 desc', 'not told'))
         size = sum(p.stat().st_size for p in (self.path, Path(f'{self.path}-wal')) if p.exists())
         return {'answers': len(self), 'bytes': size, 'finish_reasons': finish, 'teachers': teachers}
 
@@ -323,8 +327,8 @@ class TeacherCache(_Keeping, _Finding):
         "Look at what there is."
         if limit < 1: raise BadInput(f'limit is 1 or more, not {limit}')
         if search is None:
-            total = self.read('select count(*) from answer join teacher on teacher.id=teacher where not aside and (? is null or model=?)',
-                              model, model)[0][0]
+            total = self.read('''select count(*) from answer join teacher on teacher.id = answer.teacher
+                where not aside and (? is null or model=?)''', model, model)[0][0]
             shown = [_shown(kept) for kept, _ in zip(self.rows(True, model), range(limit))]
             return Browser(shown, total, str(self.path))
         found = [row for row in map(_shown, self.rows(True, model)) if _says(row, search.casefold())]
@@ -352,8 +356,9 @@ class TeacherCache(_Keeping, _Finding):
 
 def _shown(kept: Kept) -> Row:
     said, messages = kept.completion, kept.query.messages()
-    return Row(messages[-1]['content'] if messages else '', said.text, said.model or kept.query.model, said.finish_reason,
-               said.refused, kept.usd, said.usage.prompt_tokens, said.usage.completion_tokens, said.latency_s, kept.created,
-               kept.query.sample, messages, said.reasoning, said.logprobs)
+    prompt, used = messages[-1]['content'] if messages else '', said.usage
+    return Row(prompt, said.text, said.model or kept.query.model, said.finish_reason, said.refused, kept.usd,
+               used.prompt_tokens, used.completion_tokens, said.latency_s, kept.created, kept.query.sample, messages,
+               said.reasoning, said.logprobs)
 
 def _says(row: Row, words: str) -> bool: return words in f'{row.prompt}\n{row.text}'.casefold()

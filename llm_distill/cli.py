@@ -30,18 +30,20 @@ def _serve(args) -> None:
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready)
 
-# %% ../nbs/14_cli.ipynb #753c0aa1
+# %% ../nbs/14_cli.ipynb #677470b1
 _TEACHER = ('provider', 'model', 'base_url', 'timeout', 'config')
 _PARAMS = ('max_tokens', 'temperature', 'top_p', 'seed', 'logprobs')
 _RUN = ('system_prompt', 'column', 'n', 'concurrency', 'budget', 'on_error', 'mode', 'poll_s', 'offline', 'keep_cut')
+_TOLD = ('prompts', 'param', *_TEACHER, *_PARAMS, *_RUN)
 
 def _told(args) -> dict:
     "What the command line says, and for the rest what the run before was told."
-    told = {k: v for k, v in vars(args).items() if k in ('prompts', 'param', *_TEACHER, *_PARAMS, *_RUN) and v not in (None, False)}
+    told = {k: v for k, v in vars(args).items() if k in _TOLD and v not in (None, False)}
     before = Path(args.out)/'run.json'
     if not args.resume: return told
     try: return json.loads(before.read_text(encoding='utf-8')) | told
-    except (OSError, ValueError) as e: raise BadInput(f'nothing to resume in {args.out} ({e}); give the prompts and the teacher') from e
+    except (OSError, ValueError) as e:
+        raise BadInput(f'nothing to resume in {args.out} ({e}); give the prompts and the teacher') from e
 
 def _params(told: dict) -> dict:
     "Parameters of the requests."
@@ -103,13 +105,15 @@ def _cache_merge(cache, args) -> None:
 
 def _cache_copy(cache, args) -> None: print(f'written: {cache.copy_to(args.to)}')
 
-_ACTIONS = {'stats': _cache_stats, 'browse': _cache_browse, 'export': _cache_export, 'merge': _cache_merge, 'copy': _cache_copy}
+_ACTIONS = {'stats': _cache_stats, 'browse': _cache_browse, 'export': _cache_export, 'merge': _cache_merge,
+            'copy': _cache_copy}
 
-# %% ../nbs/14_cli.ipynb #b541809c
+# %% ../nbs/14_cli.ipynb #a730f61b
 def _add_collect(add) -> None:
     add('prompts', nargs='?', help='a .jsonl, .json, .csv, .tsv or .parquet file, or text with one prompt a line')
     add('--out', required=True, metavar='DIR', help='folder for the cache, the answers and the statistics')
-    add('--provider', help='openai, anthropic, deepseek, openai-compatible, custom, local; left out: API_TYPE of the environment')
+    add('--provider', help='openai, anthropic, deepseek, openai-compatible, custom, local; '
+                           'left out: API_TYPE of the environment')
     add('--model', help="the model's name there; left out: API_MODEL")
     add('--base-url', help='the address, where it is not the usual one; left out: API_BASE_URL')
     add('--config', metavar='FILE', help='a JSON file with settings of the teacher')
@@ -124,7 +128,8 @@ def _add_collect(add) -> None:
     add('--n', type=int, help='answers to each prompt')
     add('--concurrency', type=int, help='requests in flight at most; left out, 64')
     add('--budget', type=float, metavar='USD', help='the most that this run may cost')
-    add('--mode', choices=['online', 'batch'], help='batch: by the provider\'s batch API, at half the price, within a day')
+    add('--mode', choices=['online', 'batch'],
+        help='batch: by the provider\'s batch API, at half the price, within a day')
     add('--poll-s', type=float, metavar='S', help='seconds between looks at a batch')
     add('--on-error', choices=['record', 'raise'], help='go on without the prompts that fail, or stop at the first one')
     add('--keep-cut', action='store_true', help='answers that were cut at the longest length count as answers')
@@ -151,8 +156,10 @@ def _add_cache(commands) -> None:
     add('to', help='a .jsonl or .parquet file')
     add('--model', help='of one model alone')
     add('--details', action='store_true', help='all that is known, in .jsonl too')
-    action('merge', 'take over the answers of other caches')('others', nargs='+', help='other caches; they stay as they are')
-    action('copy', 'a copy for a drive on which no cache can live')('to', help='the new file')
+    add = action('merge', 'take over the answers of other caches')
+    add('others', nargs='+', help='other caches; they stay as they are')
+    add = action('copy', 'a copy for a drive on which no cache can live')
+    add('to', help='the new file')
 
 # %% ../nbs/14_cli.ipynb #5a430b0d
 def _parser() -> argparse.ArgumentParser:

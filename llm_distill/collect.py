@@ -26,10 +26,11 @@ from .run import Run, Settings
 from .teachers.base import Teacher
 from .types import BadInput, Listener, NotCached
 
-# %% ../nbs/04_collect.ipynb #f52d4047
+# %% ../nbs/04_collect.ipynb #f6265254
 def _start(prompts, teacher, cache, on_event, stop, settings) -> tuple: # The run, its future, and what to do at the end
     ours = not isinstance(cache, TeacherCache)
-    if ours and settings.offline and not Path(cache).exists(): raise NotCached(f'there is no cache at {cache}; run once without offline=True')
+    if ours and settings.offline and not Path(cache).exists():
+        raise NotCached(f'there is no cache at {cache}; run once without offline=True')
     store = TeacherCache(cache) if ours else cache
     def done(_=None):
         if ours: store.close()
@@ -43,14 +44,18 @@ def _warn(answers: Answers, notes: list[str]) -> Answers:
     "Say what a reader of the result should know."
     t, notes = answers.tally, [*notes]
     if t.failed: notes.append(f'{t.failed} prompts were not answered ({", ".join(t.errors)}): see .errors')
-    if t.cut: notes.append(f'{t.cut} answers were cut at max_tokens, and the next run will not find them: raise max_tokens, or pass keep_cut=True')
+    if t.cut:
+        notes.append(f'{t.cut} answers were cut at max_tokens, and the next run will not find them: '
+                     'raise max_tokens, or pass keep_cut=True')
     for what, seen in (('model', t.models), ('system_fingerprint', t.fingerprints)):
-        if len(seen) > 1: notes.append(f'the {what} changed within the run ({", ".join(seen)}): the answers come from different teachers')
+        if len(seen) > 1:
+            notes.append(f'the {what} changed within the run ({", ".join(seen)}): '
+                         'the answers come from different teachers')
     for note in notes: warnings.warn(note, CollectWarning, stacklevel=3)
     return answers
 
 async def acollect(
-    prompts: Iterable[str|list|dict]|str|Path, # Questions, conversations or records; a list, file, Dataset, DataFrame or iterator
+    prompts: Iterable[str|list|dict]|str|Path, # Questions, messages, records: list, file, Dataset, DataFrame, iterator
     teacher: Teacher,                  # Whom to ask
     cache: TeacherCache|str|Path,      # Where answers are kept, or the file for them
     system_prompt: str|None = None,    # Put before each conversation that has none
@@ -60,7 +65,7 @@ async def acollect(
     budget: Budget|float|None = None,  # A cap on what this run costs; a number is US dollars
     on_error: Literal['record', 'raise'] = 'record', # Go on without the prompts that fail, or stop at the first one
     offline: bool = False,             # Ask nothing: raises `NotCached` for what is not there
-    keep_cut: bool = False,            # Answers that were cut at max_tokens count as answers; else the next run asks anew
+    keep_cut: bool = False,            # Answers cut at max_tokens count as answers; else the next run asks anew
     second_tries: int = 2,             # Rounds at the end over what failed but may pass
     mode: Literal['online', 'batch'] = 'online', # "batch": by the provider's batch API, at half the price, within a day
     poll_s: float|None = None,         # Seconds between looks at a batch; None starts at 5 and grows to 60
@@ -69,7 +74,8 @@ async def acollect(
     **params,                          # max_tokens, temperature, logprobs=k, ...; part of the cache's key
 ) -> Answers:                          # One for each prompt, in order (those that have one, after a stop or a failure)
     "Ask what is missing; raises what stops the whole run, with everything kept that came before."
-    settings = Settings(system_prompt, column, n, concurrency, budget, on_error, offline, keep_cut, second_tries, mode, poll_s, params)
+    settings = Settings(system_prompt, column, n, concurrency, budget, on_error, offline, keep_cut, second_tries, mode,
+                        poll_s, params)
     run, future, done = _start(prompts, teacher, cache, on_event, stop, settings)
     result = asyncio.wrap_future(future)
     try: return _warn(await asyncio.shield(result), run.notes)
@@ -90,7 +96,8 @@ def collect(prompts, teacher: Teacher, cache: TeacherCache|str|Path, **settings)
     try:
         try: _wait(future)
         except KeyboardInterrupt:
-            print(f'\nwaiting for {run.interrupt()} answers that are on their way; interrupt again to drop them', file=sys.stderr)
+            print(f'\nwaiting for {run.interrupt()} answers that are on their way; interrupt again to drop them',
+                  file=sys.stderr)
             _wait(future)
     except BaseException:
         future.cancel()
@@ -100,12 +107,13 @@ def collect(prompts, teacher: Teacher, cache: TeacherCache|str|Path, **settings)
     return _warn(future.result(), run.notes)
 
 def _wait(future) -> None:
-    if threading.current_thread().name == 'llm_distill': raise RuntimeError('this code runs in the background loop: await acollect')
+    if threading.current_thread().name == 'llm_distill':
+        raise RuntimeError('this code runs in the background loop: await acollect')
     while not wait([future], .1).done: pass  # short waits let an interrupt in on every system
 
 collect.__signature__ = inspect.signature(acollect)
 
-# %% ../nbs/04_collect.ipynb #b3c348db
+# %% ../nbs/04_collect.ipynb #622dcc34
 @dataclass(frozen=True)
 class Outlook:
     "What a run would do."
@@ -117,7 +125,8 @@ class Outlook:
     cost: Estimate|None     # What they would probably cost; None where the price is not known
 
     def __str__(self) -> str:
-        kinds = {'in the cache': self.from_cache, 'equal to another one': self.equal, 'that cannot be asked': self.wrong}
+        kinds = {'in the cache': self.from_cache, 'equal to another one': self.equal,
+                 'that cannot be asked': self.wrong}
         known = ''.join(f'{count:,} {kind}, ' for kind, count in kinds.items() if count)
         cost = '' if not self.asked else f'; {self.cost or "the price is not known"}'
         return f'{self.prompts:,} prompts: {known}{self.asked:,} to ask{cost}'
@@ -145,12 +154,12 @@ def outlook(
                 seen.add(query.key)
     finally:
         if ours and store: store.close()
-    try: teacher.price
-    except BadInput: missing = []  # nobody knows
-    cost = teacher.estimate(missing, params.get('max_tokens'), batch=mode == 'batch') if missing else None
+    try: known = teacher.price is not None
+    except BadInput: known = False
+    cost = teacher.estimate(missing, params.get('max_tokens'), batch=mode == 'batch') if missing and known else None
     return Outlook(counts.total(), *(counts[k] for k in ('from_cache', 'equal', 'wrong', 'asked')), cost)
 
-# %% ../nbs/04_collect.ipynb #29ef2e6c
+# %% ../nbs/04_collect.ipynb #d34da36a
 def cache_teacher_outputs(
     data: Iterable[str|list|dict]|str|Path, # As `prompts` of `acollect`
     teacher: Teacher,
@@ -158,5 +167,6 @@ def cache_teacher_outputs(
     **settings,                             # As for `acollect`
 ) -> Answers:                               # For `DistillTrainer`
     "Collect, with as many logprobs as the teacher gives, 20 at most."
-    if 'logprobs' not in settings and 'top_logprobs' in teacher.gives: settings['logprobs'] = min(20, teacher.max_logprobs or 20)
+    if 'logprobs' not in settings and 'top_logprobs' in teacher.gives:
+        settings['logprobs'] = min(20, teacher.max_logprobs or 20)
     return collect(data, teacher, cache, **{'keep_cut': True, **settings})

@@ -19,9 +19,9 @@ from urllib.request import pathname2url
 
 from .types import CacheError
 
-# %% ../nbs/02b_database.ipynb #856c2af8
-_NO_LOCKS = ('fuse.drive', 'fuse.google-drive', 'fuse.rclone', 'fuse.s3fs', 'fuse.gcsfuse', 'gcsfuse', 'fuse.sshfs', 'fuse.davfs2',
-             'davfs', 'smbfs', 'afpfs', 'webdav')
+# %% ../nbs/02b_database.ipynb #c3c9922c
+_NO_LOCKS = ('fuse.drive', 'fuse.google-drive', 'fuse.rclone', 'fuse.s3fs', 'fuse.gcsfuse', 'gcsfuse', 'fuse.sshfs',
+             'fuse.davfs2', 'davfs', 'smbfs', 'afpfs', 'webdav')
 _REMOTE = ('nfs', 'nfs4', 'cifs', 'smb3', 'lustre', 'gpfs', 'beegfs', 'fuse.glusterfs', 'ceph', 'fuse.ceph')
 
 def drive_of(
@@ -39,7 +39,7 @@ def drive_of(
     where, kind = max(reversed(on), key=lambda f: len(f[0].parts), default=('', ''))
     return kind, str(where)
 
-# %% ../nbs/02b_database.ipynb #5fea3e74
+# %% ../nbs/02b_database.ipynb #fd1cbfc3
 def _locks_work(folder: Path) -> bool:
     "Whether a file there can be locked at all."
     try: import fcntl
@@ -59,8 +59,8 @@ def check_drive(
     "Raises `CacheError` for a drive whose locks mean nothing."
     kind, where = drive_of(path, mounts)
     if kind in _NO_LOCKS or str(path).startswith('\\\\') or (kind in _REMOTE and not _locks_work(path.parent)):
-        raise CacheError(f'{path} is on a network drive without locks ({kind or "a share"}, {where or path.parent}), where a database '
-                         'would be damaged; name a file on this machine, and keep a copy there: '
+        raise CacheError(f'{path} is on a network drive without locks ({kind or "a share"}, {where or path.parent}), '
+                         'where a database would be damaged; name a file on this machine, and keep a copy there: '
                          f'cache.copy_to({str(path)!r}), or llm-distill cache copy')
     return 'delete' if kind in _REMOTE else 'wal'
 
@@ -97,7 +97,7 @@ def version_of(
     if version > newest: raise refuse(path, f'of format {version}, and this release reads {newest} at most; upgrade it')
     return version
 
-# %% ../nbs/02b_database.ipynb #409e1e41
+# %% ../nbs/02b_database.ipynb #73631807
 def connect(path: Path, durability: str = 'normal', journal: str = 'wal') -> sqlite3.Connection:
     "A connection without any check; what it begins, it has to commit."
     db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
@@ -135,13 +135,14 @@ def _bring_up(db, application, tables, migrations) -> None:
         if not version:
             for statement in filter(str.strip, tables.split(';')): db.execute(statement)
         for migrate in migrations[version - 1:] if version else (): migrate(db)
-        for mark in (f'application_id={application}', f'user_version={len(migrations) + 1}'): db.execute(f'pragma {mark}')
+        for mark in (f'application_id={application}', f'user_version={len(migrations) + 1}'):
+            db.execute(f'pragma {mark}')
         db.execute('commit')
     except BaseException:
         db.execute('rollback')
         raise
 
-# %% ../nbs/02b_database.ipynb #48daf310
+# %% ../nbs/02b_database.ipynb #e1f7c90b
 _LINGER = .02   # seconds that a patient job waits for company
 _MOST = 500     # jobs in a commit
 
@@ -163,7 +164,7 @@ class Writer:
         self,
         job: Callable[[sqlite3.Connection], object], # Its result becomes that of the future
         now: bool = False,                           # Whether somebody waits for it
-    ) -> Future:                                     # Done when the job is committed; raises `CacheError` if it could not be
+    ) -> Future:                                     # Done when the job is committed; raises `CacheError` if it is not
         future = Future()
         if self._closed: raise CacheError(f'{self.path} was closed; open it again')
         self._queue.put((job, future, now))

@@ -14,10 +14,10 @@ import numpy as np
 
 from .types import TokenLogprobs
 
-# %% ../nbs/02a_packing.ipynb #36c38535
+# %% ../nbs/02a_packing.ipynb #884f9ff4
 class Vocabulary:
     "The tokens of one teacher, numbered as they come."
-    def __init__(self, tokens: list[tuple[bytes, int|None]]|None = None): # Bytes, and the teacher's own id where it tells
+    def __init__(self, tokens: list[tuple[bytes, int|None]]|None = None): # Bytes, and the teacher's own id if told
         self.tokens, self._numbers = [], {}
         for entry in tokens or []: self.number(*entry)
 
@@ -97,10 +97,10 @@ def _place(row: list, token) -> int|None:
     try: return row.index(token)
     except ValueError: return None
 
-# %% ../nbs/02a_packing.ipynb #b718c1d4
+# %% ../nbs/02a_packing.ipynb #9dbd69a0
 _HEAD = struct.Struct('<BBHII')          # version, flags, k, T, number of tokens apart
 _VERSION, _WIDE, _RAGGED = 2, 1, 2       # flags: numbers beyond 16 bits; rows of different length
-_APART = 2**16 - 1                       # the place of a token that is none of its row, or of another log-probability there
+_APART = 2**16 - 1                       # place of a token that is not in its row, or has another log-probability there
 
 def _halves(numbers: np.ndarray) -> np.ndarray: # The lower 16 bits, then the higher ones
     return np.stack([numbers & 0xffff, numbers >> 16]).astype('<u2')
@@ -120,7 +120,8 @@ def pack(
     rows = [low, *([high] if wide else []), bits[:1], bits[1:] - bits[:-1], tail[None], place.astype('<u2')[None],
             *([sizes.astype('<u2')[None]] if ragged else [])]
     apart = place == _APART
-    others = np.concatenate([_halves(arrays.chosen[apart]), arrays.chosen_logprobs[apart].astype('<f2').view('<u2')[None]])
+    others = np.concatenate([_halves(arrays.chosen[apart]),
+                             arrays.chosen_logprobs[apart].astype('<f2').view('<u2')[None]])
     words = np.concatenate([np.concatenate(rows).ravel(), others.ravel()])
     head = _HEAD.pack(_VERSION, wide*_WIDE | ragged*_RAGGED, k, length, apart.sum())
     low, high = words.view(np.uint8).reshape(-1, 2).T

@@ -13,7 +13,7 @@ from pathlib import Path
 from .tables import read_rows
 from .types import BadInput, Message, as_messages
 
-# %% ../nbs/03a_prompts.ipynb #8554aefc
+# %% ../nbs/03a_prompts.ipynb #13845e4c
 @dataclass
 class Prompt:
     "What is to be asked."
@@ -30,11 +30,12 @@ def as_prompt(
     names = [column] if column else ['messages', 'prompt']
     name = next((n for n in names if row.get(n) is not None), None)
     if name is None:
-        raise BadInput(f'a record needs {" or ".join(f"{n!r}" for n in reversed(names))}; this one has {sorted(map(str, row))}'
+        needed = ' or '.join(f'{n!r}' for n in reversed(names))
+        raise BadInput(f'a record needs {needed}; this one has {sorted(map(str, row))}'
                        + ('' if column else '; say which field is asked: column=...'))
     return Prompt(as_messages(row[name], system_prompt), {k: v for k, v in row.items() if k not in names})
 
-# %% ../nbs/03a_prompts.ipynb #3a1f10b4
+# %% ../nbs/03a_prompts.ipynb #caf5ae54
 def iter_prompts(
     source: str|Path|Iterable,       # What `read_rows` takes: a file, a Dataset, a DataFrame, a list, an iterator
     system_prompt: str|None = None,
@@ -50,7 +51,8 @@ def read_prompts(
 ) -> list[str|dict]:
     "All prompts of a file; raises `BadInput` where there are none, or one is wrong."
     try: rows = list(read_rows(path))
-    except BadInput as e: raise BadInput(f'cannot read prompts from {path}: {e}' if 'cannot read' in str(e) else f'{e}') from e
+    except BadInput as e:
+        raise BadInput(f'cannot read prompts from {path}: {e}' if 'cannot read' in str(e) else f'{e}') from e
     if not rows: raise BadInput(f'{path} holds no prompts; write one a line')
     for where, row in rows:
         try: as_prompt(row)

@@ -36,13 +36,14 @@ class Failure:
     kind: str     # The name of the error, e.g. "TeacherTimeout"
     error: str    # What it says
 
-# %% ../nbs/03b_records.ipynb #38326dbe
+# %% ../nbs/03b_records.ipynb #07a0e5d7
 def _token(token: bytes, logprob: float) -> dict:
     return {'token': token.decode('utf-8', 'replace'), 'bytes': list(token), 'logprob': float(logprob)}
 
 def _places(rows: TokenLogprobs) -> list[dict]:
-    return [_token(token, p) | {'top_logprobs': [*map(_token, top, values)], 'tail': float(tail)} for token, p, top, values, tail
-            in zip(rows.tokens, rows.logprobs, rows.top_tokens, rows.top_logprobs, rows.tail_mass())]
+    columns = rows.tokens, rows.logprobs, rows.top_tokens, rows.top_logprobs, rows.tail_mass()
+    return [_token(token, p) | {'top_logprobs': [*map(_token, top, values)], 'tail': float(tail)}
+            for token, p, top, values, tail in zip(*columns)]
 
 def _rows(places: list[dict]) -> TokenLogprobs:
     def token(t): return bytes(t['bytes']) if t.get('bytes') is not None else t['token'].encode()
@@ -50,7 +51,10 @@ def _rows(places: list[dict]) -> TokenLogprobs:
     tops = [place.get('top_logprobs') or [] for place in places]
     tail = numbers(p['tail'] for p in places) if all('tail' in p for p in places) else None
     return TokenLogprobs([token(p) for p in places], numbers(p['logprob'] for p in places),
-                         [[token(t) for t in top] for top in tops], [numbers(t['logprob'] for t in top) for top in tops], tail=tail)
+                         [[token(t) for t in top] for top in tops],
+                         [numbers(t['logprob'] for t in top) for top in tops], tail=tail)
+
+_FIELDS = 'finish_reason', 'model', 'reasoning', 'latency_s', 'request_id', 'refused', 'fingerprint'
 
 def as_record(
     answer: Answer,
@@ -60,8 +64,7 @@ def as_record(
     said = answer.completion
     record = {'messages': [*answer.messages, {'role': 'assistant', 'content': said.text}]}
     if not details: return record
-    names = 'finish_reason', 'model', 'reasoning', 'latency_s', 'request_id', 'refused', 'fingerprint'
-    return record | {n: getattr(said, n) for n in names} | vars(said.usage) | {
+    return record | {n: getattr(said, n) for n in _FIELDS} | vars(said.usage) | {
         'sample': answer.sample, 'meta': answer.meta,
         'logprobs': {'content': _places(said.logprobs)} if said.logprobs is not None else None}
 
@@ -72,8 +75,7 @@ def from_record(
     said = record.get('messages')
     if not isinstance(said, list) or not said or not isinstance(said[-1], dict) or said[-1].get('role') != 'assistant':
         raise BadInput('a record of an answer has "messages", and the last one is the assistant\'s')
-    given = {n: record[n] for n in ('finish_reason', 'model', 'reasoning', 'latency_s', 'request_id', 'refused', 'fingerprint')
-             if record.get(n) is not None}
+    given = {n: record[n] for n in _FIELDS if record.get(n) is not None}
     usage = Usage(**{n: int(record[n]) for n in Usage.__dataclass_fields__ if record.get(n)})
     places = (record.get('logprobs') or {}).get('content')
     meta = record.get('meta') or {}
@@ -81,13 +83,15 @@ def from_record(
                                                      logprobs=_rows(places) if places else None),
                   json.loads(meta) if isinstance(meta, str) else meta, record.get('sample') or 0)
 
-# %% ../nbs/03b_records.ipynb #35246423
+# %% ../nbs/03b_records.ipynb #b3a37292
 def answer_schema() -> dict: # For `write_parquet`
     "The columns of a table of answers."
-    def token(pa, *more): return pa.struct([('token', pa.string()), ('bytes', pa.list_(pa.uint8())), ('logprob', pa.float32()), *more])
+    def token(pa, *more):
+        return pa.struct([('token', pa.string()), ('bytes', pa.list_(pa.uint8())), ('logprob', pa.float32()), *more])
     def messages(pa): return pa.list_(pa.struct([('role', pa.string()), ('content', pa.string())]))
     def logprobs(pa):
-        return pa.struct([('content', pa.list_(token(pa, ('top_logprobs', pa.list_(token(pa))), ('tail', pa.float32()))))])
+        place = token(pa, ('top_logprobs', pa.list_(token(pa))), ('tail', pa.float32()))
+        return pa.struct([('content', pa.list_(place))])
     texts = dict.fromkeys(('finish_reason', 'model', 'reasoning', 'request_id', 'fingerprint', 'meta'), 'string')
     counts = dict.fromkeys((*Usage.__dataclass_fields__, 'sample'), 'int64')
     return {'messages': messages, **texts, **counts, 'latency_s': 'float64', 'refused': 'bool_', 'logprobs': logprobs}

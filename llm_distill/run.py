@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'Item', 'Run']
 
-# %% ../nbs/03e_run.ipynb #e2efd299
+# %% ../nbs/03e_run.ipynb #d4965c91
 import asyncio
 import threading
 import time
@@ -24,10 +24,10 @@ from .query import Query
 from .teachers.asking import Flight, flight
 from .teachers.background import background_loop
 from .teachers.base import Teacher
-from .types import (BadInput, BadReply, BudgetSpent, Completion, DistillError, Event, MissingKey, NotCached, NotGiven,
-                               NoText, QuotaSpent, TeacherError, TeacherRefused, TeacherTimeout)
+from .types import (BadInput, BadReply, BudgetSpent, Completion, DistillError, Event, MissingKey, NotCached,
+                               NotGiven, NoText, QuotaSpent, TeacherError, TeacherRefused, TeacherTimeout)
 
-# %% ../nbs/03e_run.ipynb #5de74ffe
+# %% ../nbs/03e_run.ipynb #fb2faeec
 @dataclass
 class Settings:
     "How to collect; `acollect` says what each means."
@@ -48,7 +48,8 @@ class Settings:
         if self.n < 1 or self.concurrency < 1 or self.second_tries < 0:
             raise BadInput('n and concurrency are 1 or more, second_tries 0 or more')
         for name, choices in (('on_error', ('record', 'raise')), ('mode', ('online', 'batch'))):
-            if getattr(self, name) not in choices: raise BadInput(f'{name} is one of {choices}, not {getattr(self, name)!r}')
+            given = getattr(self, name)
+            if given not in choices: raise BadInput(f'{name} is one of {choices}, not {given!r}')
         if self.poll_s is not None and not self.poll_s > 0: raise BadInput('poll_s is more than 0 seconds')
 
     def query(self, teacher: Teacher, messages: list, sample: int) -> Query:
@@ -66,7 +67,7 @@ class Settings:
         if not self.offline: teacher.check_budget(teacher.size(sample.request))
         if self.mode == 'batch': teacher.batch_api()
 
-# %% ../nbs/03e_run.ipynb #c32efb56
+# %% ../nbs/03e_run.ipynb #5d672d03
 @dataclass
 class Item:
     "A request, and all the questions that wait for its answer."
@@ -296,12 +297,12 @@ class Run:
 
     def _fail(self, item: Item, error: DistillError) -> None:
         if self.how.on_error == 'raise': raise error
-        self.first_error = self.first_error or error
+        self.first_error, kind = self.first_error or error, type(error).__name__
         for position, prompt in item.waiting:
             self.settled += 1
             self.tally.failed += 1
-            self.tally.errors[type(error).__name__] += 1
-            self.spool.fail(position, Failure(prompt.messages, prompt.meta, item.query.sample, type(error).__name__, str(error)))
+            self.tally.errors[kind] += 1
+            self.spool.fail(position, Failure(prompt.messages, prompt.meta, item.query.sample, kind, str(error)))
         self._report()
 
     # The account
@@ -310,7 +311,8 @@ class Run:
         if self.on_event is None: return
         t = self.tally
         spoken = t.usage.completion_tokens/max(time.perf_counter() - self.started, 1e-9)
-        metrics = {'asked': t.asked} | ({'tok/s': spoken} if spoken else {}) | ({'failed': t.failed} if t.failed else {}) | ({'usd': t.usd} if t.usd else {})
+        more = {'tok/s': spoken, 'failed': t.failed, 'usd': t.usd}
+        metrics = {'asked': t.asked} | {name: value for name, value in more.items() if value}
         self.tell(Event('collect', self.settled, self.total, metrics))
 
     def tell(self, event: Event) -> None:

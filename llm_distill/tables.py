@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .types import BadInput, missing_package
 
-# %% ../nbs/02c_tables.ipynb #6bd33e5f
+# %% ../nbs/02c_tables.ipynb #0cadd0fa
 def _lines(path: Path) -> Iterator[tuple[str, str]]: # Where, and what
     with path.open(encoding='utf-8-sig') as f:
         for i, line in enumerate(f, 1):
@@ -32,7 +32,8 @@ def _jsonl(path: Path):
 
 def _json(path: Path):
     try: rows = json.loads(path.read_text(encoding='utf-8-sig'))
-    except json.JSONDecodeError as e: raise BadInput(f'{path}: not JSON ({e}); one record a line goes into a .jsonl file') from e
+    except json.JSONDecodeError as e:
+        raise BadInput(f'{path}: not JSON ({e}); one record a line goes into a .jsonl file') from e
     if not isinstance(rows, list) or not all(isinstance(r, str|dict) for r in rows):
         raise BadInput(f'{path}: not a list of strings or records')
     yield from ((f'{path}, row {i}', row) for i, row in enumerate(rows, 1))
@@ -57,9 +58,9 @@ def _parquet(path: Path):
 
 _READERS = {'.jsonl': _jsonl, '.ndjson': _jsonl, '.json': _json, '.csv': _csv, '.tsv': _csv, '.parquet': _parquet}
 
-# %% ../nbs/02c_tables.ipynb #8976e642
+# %% ../nbs/02c_tables.ipynb #30cb7982
 def read_rows(
-    source: str|Path|Iterable, # .jsonl, .json, .csv, .tsv, .parquet, else text with a row in each line; or a Dataset, DataFrame, list, iterator
+    source: str|Path|Iterable, # .jsonl .json .csv .tsv .parquet, else a row a line; Dataset, DataFrame, list, iterator
 ) -> Iterator[tuple[str, str|dict|list]]: # Where it stood, and the row; raises `BadInput`
     "One row after the other."
     if isinstance(source, str|Path):

@@ -20,7 +20,7 @@ from msgspec import Raw, Struct
 from .wire import refusal
 from ..types import BadReply, Completion, TeacherBusy, TeacherError
 
-# %% ../../nbs/02_teachers.batches.ipynb #5954f7b4
+# %% ../../nbs/02_teachers.batches.ipynb #dd927699
 @dataclass(frozen=True)
 class Look:
     "How far a job is."
@@ -44,7 +44,8 @@ class BatchApi(ABC):
     @abstractmethod
     def results(self, job: str) -> AsyncIterator[tuple[str, Completion|TeacherError]]: "Names with answers or errors."
     @abstractmethod
-    async def find(self, name: str, requests: int, since: float) -> list[str]: "Jobs that may be the one sent as `name`."
+    async def find(self, name: str, requests: int, since: float) -> list[str]:
+        "Jobs that may be the one sent as `name`."
 
     async def patiently(self, ask): # What `ask()` gives
         "Ask again while that may help, as for single requests."
@@ -61,7 +62,7 @@ class BatchApi(ABC):
         since: float,       # When the name was given, seconds since 1970
         known: set[str] = frozenset(), # Jobs that are others for sure
     ) -> str:               # The provider's id; raises a `TeacherError`
-        "Make a job. If the reply is lost, the job may be there all the same: it is looked for before another one is made."
+        "Make a job. If the reply is lost, the job may be there all the same: it is looked for before another is made."
         for tries in range(self.teacher.max_retries + 1):
             try: return await self.wire.guard(self.send(lines, name))
             except TeacherError as e:
@@ -75,7 +76,7 @@ class BatchApi(ABC):
             found = await self.patiently(lambda: self.find(name, requests, since))
             return next((job for job in found if job not in known), None)
 
-# %% ../../nbs/02_teachers.batches.ipynb #b655d7d3
+# %% ../../nbs/02_teachers.batches.ipynb #364fbdbf
 class _Answer(Struct):
     status_code: int = 0
     body: Raw = Raw(b'null')
@@ -112,8 +113,10 @@ class OpenAIBatches(BatchApi):
         batch = await self.patiently(lambda: self.wire.client().batches.retrieve(job))
         counts, error = batch.request_counts, None
         if batch.status == 'failed':
-            error = '; '.join(e.message or e.code or '' for e in (batch.errors and batch.errors.data) or []) or 'it gave no reason'
-        return Look(batch.status in _ENDED, (counts.completed + counts.failed) if counts else 0, counts.total if counts else 0, error)
+            errors = (batch.errors and batch.errors.data) or []
+            error = '; '.join(e.message or e.code or '' for e in errors) or 'it gave no reason'
+        done, total = (counts.completed + counts.failed, counts.total) if counts else (0, 0)
+        return Look(batch.status in _ENDED, done, total, error)
 
     async def results(self, job: str):
         batch = await self.patiently(lambda: self.wire.client().batches.retrieve(job))
@@ -144,7 +147,7 @@ class OpenAIBatches(BatchApi):
             if (batch.metadata or {}).get('llm_distill') == name: jobs.append(batch.id)
         return jobs
 
-# %% ../../nbs/02_teachers.batches.ipynb #4d8f43db
+# %% ../../nbs/02_teachers.batches.ipynb #b7f6bd6b
 class AnthropicBatches(BatchApi):
     "Message Batches."
     most_requests, most_bytes = 100_000, 256_000_000
@@ -153,7 +156,8 @@ class AnthropicBatches(BatchApi):
         super().__init__(teacher)
         self.reader = reader
 
-    def line(self, name: str, request: dict) -> bytes: return msgspec.json.encode({'custom_id': name, 'params': request}) + b'\n'
+    def line(self, name: str, request: dict) -> bytes:
+        return msgspec.json.encode({'custom_id': name, 'params': request}) + b'\n'
 
     async def send(self, lines: Path, name: str) -> str:
         requests = [msgspec.json.decode(line) for line in lines.read_bytes().splitlines()]
@@ -175,9 +179,10 @@ class AnthropicBatches(BatchApi):
             except TeacherError as e: return e
         if result.type != 'errored': return TeacherBusy(f'the batch ended without this answer ({result.type})')
         error = result.error.error
-        status = {'invalid_request_error': 400, 'not_found_error': 404, 'permission_error': 403, 'authentication_error': 401,
-                  'billing_error': 402}.get(error.type, 500)
-        return refusal(status, {'error': {'type': error.type, 'message': error.message}}, {}, self.teacher.url, self.teacher.key)
+        status = {'invalid_request_error': 400, 'authentication_error': 401, 'billing_error': 402,
+                  'permission_error': 403, 'not_found_error': 404}.get(error.type, 500)
+        body = {'error': {'type': error.type, 'message': error.message}}
+        return refusal(status, body, {}, self.teacher.url, self.teacher.key)
 
     async def find(self, name: str, requests: int, since: float) -> list[str]:
         jobs = []

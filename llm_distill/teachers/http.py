@@ -34,7 +34,7 @@ def proxy_for(
                        'set HTTPS_PROXY to an http:// address, or NO_PROXY to this host')
     return proxy
 
-# %% ../../nbs/02_teachers.http.ipynb #c9cd6ebb
+# %% ../../nbs/02_teachers.http.ipynb #baf61839
 def late(url: str, seconds: float) -> TeacherTimeout: # To be raised
     return TeacherTimeout(f'no whole answer from {url} within {seconds:g} s; raise timeout= or ask for less at once')
 
@@ -79,7 +79,8 @@ class Connections:
 
     def _broken(self, e: Exception) -> TeacherUnreachable:
         nobody = isinstance(e, aiohttp.ClientConnectorError)
-        what = f'nothing answers at {self.url}' if nobody else f'the connection to {self.url} broke ({type(e).__name__})'
+        broke = f'the connection to {self.url} broke ({type(e).__name__})'
+        what = f'nothing answers at {self.url}' if nobody else broke
         error = TeacherUnreachable(f'{what}; is the server running, and base_url= right?')
         error.charged = not nobody
         return error

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'retry_after', 'refusal', 'sdk_client', 'Wire', 'Wired']
 
-# %% ../../nbs/02_teachers.wire.ipynb #bf80a39d
+# %% ../../nbs/02_teachers.wire.ipynb #bd180003
 import asyncio
 import gc
 import importlib
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from .background import PerLoop
 from .http import Connections, late, on_this_machine
 from .keys import ApiKey, scrub_logs
-from ..types import (BadInput, BadReply, QuotaSpent, TeacherBusy, TeacherError, TeacherRefused, TeacherTimeout,
+from ..types import (BadInput, BadReply, QuotaSpent, TeacherBusy, TeacherError, TeacherRefused,
                                TeacherUnreachable, missing_package)
 
 # %% ../../nbs/02_teachers.wire.ipynb #eebddc35
