@@ -29,7 +29,7 @@ from .records import Answer, answer_schema, as_record, as_row, from_record
 from .tables import arrow_schema, atomically, read_rows, write_jsonl, write_parquet
 from .types import BadInput, Completion, Message, Usage, missing_package
 
-# %% ../nbs/03c_answers.ipynb #bf6f1c86
+# %% ../nbs/03c_answers.ipynb #7dd25c87
 @dataclass
 class Failure:
     "A question that was not answered."
@@ -43,6 +43,7 @@ class Failure:
 class Tally:
     "The account of a run."
     prompts: int = 0                  # Questions, samples counted
+    answers: int = 0                  # Those that have an answer
     asked: int = 0                    # Requests that were answered in this run
     from_cache: int = 0               # Questions whose answer was there
     equal: int = 0                    # Questions that were the same as another one
@@ -70,24 +71,28 @@ class Tally:
 
     def as_dict(self) -> dict:
         "For `stats.json`."
-        names = 'prompts', 'asked', 'from_cache', 'equal', 'failed', 'refused', 'cut', 'usd', 'seconds', 'stopped'
+        names = ('prompts', 'answers', 'asked', 'from_cache', 'equal', 'failed', 'refused', 'cut', 'usd', 'seconds',
+                 'stopped')
         times, s = np.array(self.latencies), max(self.seconds, 1e-9)
         spread = {'mean': times.mean(), **{f'p{q}': np.percentile(times, q) for q in (50, 90, 99)},
                   'max': times.max()} if len(times) else {}
         return {n: getattr(self, n) for n in names} | {
-            'answers': self.prompts - self.failed, **vars(self.usage),
+            **vars(self.usage),
             'latency_s': {k: round(float(v), 4) for k, v in spread.items()},
             'requests_per_s': round(self.asked/s, 2), 'tokens_per_s': round(self.usage.completion_tokens/s, 2),
             **{n: dict(getattr(self, n)) for n in ('errors', 'finish_reasons', 'models', 'fingerprints')}}
 
-# %% ../nbs/03c_answers.ipynb #b491139a
+# %% ../nbs/03c_answers.ipynb #72b40aba
 _IN_MEMORY = 512  # answers
+
+def _remove(folder: str, pid: int, getpid=os.getpid, remove=shutil.rmtree) -> None:
+    if getpid() == pid: remove(folder, True)  # a forked child ends, and its parent goes on
 
 class Spool:
     "Where the answers of a run are, on disk, in any order."
     def __init__(self, cache: Path):
-        self.cache_path, self.folder = Path(cache), tempfile.mkdtemp(prefix='llm-distill-')
-        weakref.finalize(self, shutil.rmtree, self.folder, True)
+        self.cache_path, self.folder = Path(cache).absolute(), tempfile.mkdtemp(prefix='llm-distill-')
+        weakref.finalize(self, _remove, self.folder, os.getpid())
         self.lock = threading.RLock()
         self._open()
         for table in ('''item (position integer primary key, row integer, top_k integer, new integer, sample integer,
@@ -149,7 +154,7 @@ class Spool:
         few = len(self) <= _IN_MEMORY
         return Answers([self[i] for i in range(len(self))] if few else self, errors, tally, manifest)
 
-# %% ../nbs/03c_answers.ipynb #a91d869b
+# %% ../nbs/03c_answers.ipynb #e501a59f
 class Shelf:
     "Things by key, some of them sent already."
     def __init__(self, spool: Spool):
@@ -170,6 +175,7 @@ class Shelf:
     def send(self, key: bytes) -> None: self.ask('update shelf set sent=1 where key=?', key)
     def unsend(self, key: bytes) -> None: self.ask('update shelf set sent=0 where key=?', key)
     def is_sent(self, key: bytes) -> bool: return bool(self.ask('select 1 from shelf where key=? and sent', key))
+    def sent(self) -> list: return [pickle.loads(what) for (what,) in self.ask('select what from shelf where sent')]
     def unsent(self) -> Iterator: # In the order in which they were put there
         last = -1
         while rows := self.ask('select id, what from shelf where not sent and id>? order by id limit 200', last):
@@ -216,7 +222,7 @@ class Saved:
     def _save_stats(self, path: Path) -> None:
         with atomically(path) as f: json.dump(self.stats(), f, indent=2, ensure_ascii=False)
 
-# %% ../nbs/03c_answers.ipynb #f691b053
+# %% ../nbs/03c_answers.ipynb #bdfa84f3
 class Answers(Saved, Sequence):
     "Answers in the order of the prompts, with what it took to get them."
     def __init__(
@@ -227,7 +233,7 @@ class Answers(Saved, Sequence):
         manifest: dict|None = None,        # What there is to say about the teacher
     ):
         self._answers, self.errors = answers, list(errors)
-        self.tally, self.manifest = tally or Tally(len(answers), from_cache=len(answers)), manifest or {}
+        self.tally, self.manifest = tally or Tally(len(answers), len(answers), from_cache=len(answers)), manifest or {}
 
     def __len__(self) -> int: return len(self._answers)
     def __iter__(self) -> Iterator[Answer]: return (self._answers[i] for i in range(len(self)))

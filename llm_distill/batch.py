@@ -5,25 +5,29 @@
 # %% auto #0
 __all__ = ['Job', 'Jobs', 'Batches']
 
-# %% ../nbs/03d_batch.ipynb #92d209e8
+# %% ../nbs/03d_batch.ipynb #b54fed6f
 import asyncio
 import json
+import os
+import socket
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import TeacherCache, expand, squeeze
+from .pricing import Budget
 from .prompts import Prompt
 from .query import Query
 from .teachers.asking import no_text
 from .teachers.batches import Look
-from .types import BudgetSpent, Completion, Event, TeacherBusy, TeacherError, TeacherRefused, Usage
+from .types import BudgetSpent, Completion, Event, NoText, TeacherError, TeacherRefused, TeacherTimeout, Usage
 
-# %% ../nbs/03d_batch.ipynb #922eb54b
+# %% ../nbs/03d_batch.ipynb #3fdb91d9
 @dataclass
 class Job:
     "A batch at the provider."
@@ -31,6 +35,20 @@ class Job:
     id: str|None         # The provider's; None while it is being sent
     requests: int
     created: float       # Seconds since 1970
+    sender: str = ''     # The process that sends it
+
+_sending: set[str] = set()  # names of jobs that this process is sending now
+
+def _me() -> str: return f'{socket.gethostname()} {os.getpid()}'
+
+def _at_work(job: Job) -> bool:
+    "Whether the process that has begun to send a job may still be at it."
+    host, _, pid = job.sender.rpartition(' ')
+    if job.sender == _me(): return job.name in _sending
+    if host != socket.gethostname(): return time.time() - job.created < 600
+    try: os.kill(int(pid), 0)
+    except (OSError, ValueError): return False
+    return True
 
 class Jobs:
     "The jobs of a cache's file."
@@ -44,9 +62,10 @@ class Jobs:
 
     async def begin(self, queries: list[Query]) -> Job:
         "Write down what is about to be sent."
-        job = Job(uuid.uuid4().hex, None, len(queries), time.time())
-        row = job.name, self.endpoint, self.kind, '', job.created, json.dumps({'requests': job.requests})
+        job = Job(uuid.uuid4().hex, None, len(queries), time.time(), _me())
+        note = json.dumps({'requests': job.requests, 'sender': job.sender})
         items = [(job.name, q.key, squeeze([q.request, q.sample])) for q in queries]
+        row = job.name, self.endpoint, self.kind, '', job.created, note
         await self._write(('insert into job values (?,?,?,?,?,?)', row), ('insert into job_item values (?,?,?)', items))
         return job
 
@@ -55,15 +74,20 @@ class Jobs:
         await self._write(('update job set state=? where id=?', (id, job.name)))
 
     async def forget(self, job: Job) -> None:
-        "It has ended, and its answers are kept."
+        "It has ended, and its answers are kept; what remains is that its id is no other's."
         await self._write(('delete from job_item where job=?', (job.name,)),
-                          ('delete from job where id=?', (job.name,)))
+                          ("update job set kind='ended' where id=?", (job.name,)),
+                          ("delete from job where kind='ended' and (state='' or created<?)", (time.time() - 2e5,)))
 
     def open(self) -> list[Job]:
         "Those that have not ended, oldest first."
         rows = self.cache.read('select id, state, note, created from job where endpoint=? and kind=? order by created',
                                self.endpoint, self.kind)
-        return [Job(name, state or None, json.loads(note)['requests'], created) for name, state, note, created in rows]
+        return [Job(name, state or None, (told := json.loads(note))['requests'], created, told.get('sender', ''))
+                for name, state, note, created in rows]
+
+    def known(self) -> set[str]: # All ids of the provider's that are in this file
+        return {state for (state,) in self.cache.read("select state from job where state<>''")}
 
     def asked(self, job: Job, key: bytes) -> Query|None:
         "The request behind a key."
@@ -72,27 +96,34 @@ class Jobs:
 
     def has(self, key: bytes) -> bool:
         "Whether a job that has not ended asks this."
-        return bool(self.cache.read('select 1 from job_item join job on job.id=job where key=? and endpoint=? limit 1',
-                                    key, self.endpoint))
+        return bool(self.cache.read('''select 1 from job_item join job on job.id=job_item.job
+            where key=? and endpoint=? and kind=? limit 1''', key, self.endpoint, self.kind))
 
     def keys(self, job: Job) -> Iterator[bytes]:
         last = b''
-        while rows := self.cache.read('select key from job_item where job=? and key>? order by key limit 1000',
-                                      job.name, last):
+        query = 'select key from job_item where job=? and key>? order by key limit 1000'
+        while rows := self.cache.read(query, job.name, last):
             for (last,) in rows: yield last
 
-# %% ../nbs/03d_batch.ipynb #9c0dc647
+# %% ../nbs/03d_batch.ipynb #f35e2a05
 _CHUNK = 20_000, 100_000_000  # requests and bytes in one job at most, whatever the provider allows
+_MISSES = 20                  # looks that fail one after the other before the run gives up
+# What requests of open jobs may cost, by key, where the run that sent them has ended: it counts as spent until then.
+_parked: weakref.WeakKeyDictionary[Budget, dict] = weakref.WeakKeyDictionary()
 
 class Batches:
     "The part of a run that asks in batches."
     def __init__(self, run):
         self.run, self.teacher, self.api = run, run.teacher, run.teacher.batch_api()
-        self.jobs = Jobs(run.cache, self.teacher.endpoint, f'{type(self.api).__name__}:{self.teacher.model}')
-        self.shelf, self.set_aside = run.spool.shelf(), {}  # what waits, by key; what was reserved for it, US dollars
+        kind = f'{type(self.api).__name__}{self.api.kind}:{self.teacher.model}'
+        self.jobs, self.shelf = Jobs(run.cache, self.teacher.endpoint, kind), run.spool.shelf()
+        self.budget = self.teacher.budget
+        self.aside = {}  # what was reserved for requests of this run, by key, US dollars
+        self.parked = {} if self.budget is None else _parked.setdefault(run.how.purse() or self.budget, {})
         self.most = min(self.api.most_requests, _CHUNK[0]), min(self.api.most_bytes, _CHUNK[1])
         self.looks: dict[str, Look] = {}
         self.told: Event|None = None
+        self.misses = 0
 
     def attach(self, key: bytes, position: int, prompt: Prompt) -> bool: # False where nobody waits for it yet
         "Another question for a request that is known."
@@ -105,45 +136,65 @@ class Batches:
     def add(self, item) -> None: self.shelf.put(item.query.key, item, self.jobs.has(item.query.key))
 
     async def finish(self) -> None:
-        "Send what is there, and wait until all is answered."
+        "Send what is there, and wait until all is answered; what a job leaves open is put aside for the run."
         for job in self.jobs.open(): await self._take_up(job)
-        try:
-            while True:
-                full = await self._send_all()
-                if not (jobs := self.jobs.open()): break
-                await self._wait_for(jobs)
-        finally:
-            for key in list(self.set_aside): self._settle(key)
-        if full is not None: raise full
+        pause = self.run.how.poll_s or 5.
+        while True:
+            full = await self._send_all()
+            if not await self._look_round():
+                if not self._others_are_done(): continue
+                if full: raise full
+                return
+            await asyncio.sleep(pause)
+            if self.run.how.poll_s is None: pause = min(60., 1.5*pause)
 
     async def _take_up(self, job: Job) -> None:
         "A job of an earlier process; if that died while it sent the job, it may or may not have arrived."
         if job.id is None:
-            known = {j.id for j in self.jobs.open() if j.id}
-            found = await self.api.lost(job.name, job.requests, job.created, known)
-            if not found:
-                for key in self.jobs.keys(job): self.shelf.unsend(key)
-                return await self.jobs.forget(job)
+            if _at_work(job): return
+            found = await self.api.lost(job.name, job.requests, job.created, self.jobs.known())
+            if not found: return await self._give_up(job)
             await self.jobs.sent(job, found)
         with suppress(BudgetSpent):  # it is on its way, whatever is left
             for key in self.jobs.keys(job): self._reserve(self.jobs.asked(job, key))
+
+    async def _give_up(self, job: Job) -> None:
+        "The job is not there; its requests go into another one."
+        for key in self.jobs.keys(job):
+            self._settle(key)
+            self.shelf.unsend(key)
+        await self.jobs.forget(job)
+
+    def _others_are_done(self) -> bool:
+        "Whether nothing is left. Another process may have filed a job that this one has waited for."
+        left = [item for item in self.shelf.sent() if not self.run.found(item)]
+        for item in left: self.shelf.unsend(item.query.key)
+        return not left
 
     # Out
 
     async def _send_all(self) -> BudgetSpent|None: # Where the budget has no room for more
         while True:
             with tempfile.TemporaryDirectory() as folder:
-                queries, full = self._chunk(Path(folder)/'lines')
+                queries, full = await asyncio.to_thread(self._chunk, Path(folder)/'lines')
                 if not queries: return full
-                job = await self.jobs.begin(queries)
-                try: id = await self.api.submit(Path(folder)/'lines', job.name, job.requests, job.created,
-                                                {j.id for j in self.jobs.open() if j.id})
-                except TeacherError as e:
-                    if not e.charged: await self.jobs.forget(job)
-                    raise
-                await self.jobs.sent(job, id)
-                for query in queries: self.shelf.send(query.key)
+                await self._send(Path(folder)/'lines', queries)
             if full: return full
+
+    async def _send(self, lines: Path, queries: list[Query]) -> None:
+        job = await self.jobs.begin(queries)
+        _sending.add(job.name)
+        try: id = await self.api.submit(lines, job.name, job.requests, job.created, self.jobs.known())
+        except TeacherError as e:
+            if not e.charged: await self._give_up(job)  # else the next run looks for it
+            if isinstance(e, TeacherRefused) and e.status in (404, 405, 501): e = self.teacher.not_given('batches')
+            error = e
+        else:
+            await self.jobs.sent(job, id)
+            for query in queries: self.shelf.send(query.key)
+            return
+        finally: _sending.discard(job.name)
+        raise error
 
     def _chunk(self, path: Path) -> tuple[list[Query], BudgetSpent|None]:
         "A file of as many lines as fit into a job, and into the budget."
@@ -161,63 +212,91 @@ class Batches:
         return queries, None
 
     def _reserve(self, query: Query) -> bool:
-        if self.teacher.budget is None: return True
+        if self.budget is None or query.key in self.aside or query.key in self.parked: return True
         worst = self.teacher.worst(self.teacher.size(query.request), batch=True)
-        if not self.teacher.budget.reserve(worst): return False
-        self.set_aside[query.key] = worst
+        if not self.budget.reserve(worst): return False
+        self.aside[query.key] = worst
         return True
 
-    def _settle(self, key: bytes, spent: float = 0.) -> None:
-        if self.teacher.budget is not None: self.teacher.budget.settle(self.set_aside.pop(key, 0.), spent)
+    def _settle(self, key: bytes, spent: float|None = 0.) -> None: # None: nobody knows, so what was reserved
+        if self.budget is None: return
+        reserved, parked = self.aside.pop(key, 0.), self.parked.pop(key, 0.)
+        self.budget.settle(reserved, (reserved + parked if spent is None else spent) - parked)
+
+    def close(self) -> None:
+        "The run ends; its jobs may go on, and cost."
+        for key, usd in self.aside.items():
+            self.budget.settle(usd, usd)
+            self.parked[key] = usd
+        self.aside = {}
 
     # Back
 
-    async def _wait_for(self, jobs: list[Job]) -> None:
-        "Until one of them has ended at least."
-        pause = self.run.how.poll_s or 5.
-        while True:
-            ended = []
-            for job in jobs:
+    async def _look_round(self) -> bool: # Whether to wait for more
+        "File the jobs that have ended."
+        for job in (jobs := self.jobs.open()):
+            if job.id is None: await self._take_up(job)
+            if job.id is None: continue
+            try:
                 look = self.looks[job.name] = await self.api.look(job.id)
-                if look.ended: ended.append((job, look))
-            self._report()
-            for job, look in ended: await self._collect(job, look)
-            if ended: return
-            await asyncio.sleep(pause)
-            if self.run.how.poll_s is None: pause = min(60., 1.5*pause)
+                self._report()
+                if look.ended: await self._collect(job, look)
+                self.misses = 0
+            except TeacherError as e: await self._missed(job, e)
+        return bool(jobs)
+
+    async def _missed(self, job: Job, error: TeacherError) -> None:
+        "A look that failed: a day is long, and providers have bad minutes."
+        if error.status == 404:
+            self.run.note(f'the provider does not know the batch {job.id} any more: its requests are sent anew')
+            return await self._give_up(job)
+        self.misses += 1
+        if self.misses >= _MISSES or not (error.passes or isinstance(error, TeacherTimeout)): raise error
 
     async def _collect(self, job: Job, look: Look) -> None:
-        "File the answers of a job; what has none is asked online."
+        "File the answers of a job."
+        ours = 0
         if look.error is None:
-            async for name, said in self.api.results(job.id): await self._file(job, name, said)
+            async for name, said in self.api.results(job.id): ours += await self._file(job, name, said)
         else:
             self.run.note(f'the batch {job.id} failed ({look.error}): '
                           'its requests are asked one by one, at the full price')
         await self.run.all_kept()
-        left = TeacherBusy('the batch ended without this answer')
+        if look.error is None and not ours: return await self._give_up(job)  # it was another's
         for key in list(self.jobs.keys(job)):
-            item = self.shelf.get(key)
-            if item is not None and self.shelf.is_sent(key): await self._file(job, key.hex(), left)
+            if (item := self.shelf.get(key)) and self.shelf.is_sent(key): self._online(item)
+            self._settle(key)
         await self.jobs.forget(job)
 
-    async def _file(self, job: Job, name: str, said: Completion|TeacherError) -> None:
+    async def _file(self, job: Job, name: str, said: Completion|TeacherError) -> bool: # Whether it is of this job
         "One line of a job's results."
         try: query = self.jobs.asked(job, bytes.fromhex(name))
         except ValueError: query = None
-        if query is None: return  # none of ours
-        item = self.shelf.take(query.key) or self.run.item(query)
+        if query is None: return False
+        item = self.shelf.get(query.key) or self.run.item(query)
         if isinstance(said, Completion):
             self._settle(query.key, self._spent(said.usage))
             self.teacher.count(said.usage, batch=True)
             self.teacher.stats.add(total=1, successful=1)
-            if said.text: return await self.run.answered(item, said, batch=True)
+            if said.text:
+                self.shelf.take(query.key)
+                await self.run.answered(item, said, batch=True)
+                return True
             said = no_text(said)
         else: self._settle(query.key)
-        if isinstance(said, TeacherRefused) or said.charged: self.run.failed(item, said)
-        elif item.waiting: await self.run.ask_online(item)
+        if isinstance(said, TeacherRefused|NoText):
+            self.shelf.take(query.key)
+            self.run.failed(item, said, alone=False)
+        else: self._online(item)
+        return True
 
-    def _spent(self, usage: Usage) -> float:
-        if self.teacher.budget is None: return 0.
+    def _online(self, item) -> None:
+        "Asked one by one when all jobs have ended, if anybody still waits for it."
+        self.shelf.take(item.query.key)
+        if item.waiting: self.run.spool.later(item)
+
+    def _spent(self, usage: Usage) -> float|None:
+        if self.budget is None or not usage.total_tokens: return None
         price = self.teacher.price
         return price.usd(usage, price.batch_input is not None)
 

@@ -106,7 +106,7 @@ def _from_version_1(db: sqlite3.Connection) -> None:
         shelf.insert(Kept(Query(endpoint, json.loads(request), sample), Completion(**fields), None, created))
     db.execute('drop table old')
 
-# %% ../nbs/03_cache.ipynb #63a20124
+# %% ../nbs/03_cache.ipynb #00a78336
 class _Shelf:
     "The tokens and teachers of a file, as one connection sees them."
     def __init__(self, db): self.db, self._teachers, self._tokens, self._kept, self._seen = db, {}, {}, {}, None
@@ -146,16 +146,22 @@ class _Shelf:
     def insert(self, kept: Kept) -> tuple[int, bool]: # Its row, and if it is new: a first answer stays, unless aside
         "Add an answer."
         teacher, rows = self.teacher(kept.query.endpoint, kept.query.model), kept.completion.logprobs
-        if rows is not None and teacher not in self._tokens: self.refresh(teacher)
-        tokens = self.vocabulary(teacher)
-        blob = pack(as_arrays(rows, tokens)) if rows is not None else None
-        new = range(self._kept[teacher], len(tokens))
-        self.db.executemany('insert into token values (?,?,?,?)', ((teacher, i, *tokens.tokens[i]) for i in new))
-        self._kept[teacher] = len(tokens)
+        blob = None if rows is None else self._pack(teacher, rows)
         new = self.db.execute(_INSERT, _columns(kept, teacher, blob)).rowcount > 0
         return self.db.execute('select id from answer where key=?', (kept.query.key,)).fetchone()[0], new
 
-# %% ../nbs/03_cache.ipynb #8d7c5d39
+    def _pack(self, teacher: int, rows: TokenLogprobs) -> bytes:
+        tokens = self._tokens[teacher] if teacher in self._tokens else self.refresh(teacher)
+        try: blob = pack(as_arrays(rows, tokens))
+        except Exception:
+            tokens.forget(self._kept[teacher])
+            raise
+        new = range(self._kept[teacher], len(tokens))
+        self.db.executemany('insert into token values (?,?,?,?)', ((teacher, i, *tokens.tokens[i]) for i in new))
+        self._kept[teacher] = len(tokens)
+        return blob
+
+# %% ../nbs/03_cache.ipynb #8b9742d1
 class _File:
     "The file, its reader and its writer."
     def __init__(
@@ -163,7 +169,7 @@ class _File:
         path: str|Path,             # Made if it is not there; raises `CacheError` for anything but a sound cache
         durability: str = 'normal', # "full" survives a loss of power too, "normal" any crash of the process
     ):
-        self.path, self.durability = Path(path), durability
+        self.path, self.durability = Path(path).absolute(), durability
         self._open()
 
     def _open(self) -> None:
@@ -177,15 +183,15 @@ class _File:
 
     def read(self, query: str, *values) -> list[tuple]:
         "Read; raises `CacheError` where the file turns out to be damaged."
+        if os.getpid() != self._pid: self._open()  # after a fork neither connection nor lock can be used
         with self._lock:
-            if os.getpid() != self._pid: self._open()  # after a fork a connection must not be used
             try: return self._db.execute(query, values).fetchall()
             except sqlite3.ProgrammingError as e: raise CacheError(f'{self.path} was closed; open it again') from e
             except sqlite3.DatabaseError as e: raise refuse(self.path, f'damaged ({e})') from e
 
     def write(self, job, now: bool) -> Future: # `job` gets the connection
+        self.read('select 1')  # is it open, and in this process?
         with self._lock:
-            self.read('select 1')  # is it open, and in this process?
             if self._writer is None:
                 self._write_shelf = _Shelf(connect(self.path, self.durability, self._journal))
                 self._writer = Writer(self.path, self._write_shelf.db, self._write_shelf.begin, self._write_shelf.undo)
@@ -227,7 +233,7 @@ class _Keeping(_File):
             if len(waiting) >= 1000: new, waiting = new + sum(f.result()[1] for f in waiting), []
         return new + sum(f.result()[1] for f in waiting)
 
-# %% ../nbs/03_cache.ipynb #cb85e38e
+# %% ../nbs/03_cache.ipynb #ada446b3
 class Place(NamedTuple):
     "Where an answer is, and what can be said without reading it."
     row: int
@@ -242,7 +248,7 @@ class _Finding(_File):
     "The part of a cache that gives."
     def find(self, query: Query, aside: bool = False) -> Place|None: # None where nobody has asked
         "Where the answer to a request is, one that was put aside included if so wanted."
-        found = self.read(f'{_PLACE} key=? and aside<=?', query.key, aside) or self.read(
+        found = self.read(f'{_PLACE} key=? and not aside', query.key) or self.read(
             f'{_PLACE} family=? and top_k>=? and aside<=? order by aside, top_k limit 1',
             query.family, query.top_k, aside)
         if not found: return None
@@ -301,7 +307,7 @@ class _Finding(_File):
                 yield ids, self._vocabulary(teacher, arrays), arrays, begins
                 last = ids[-1]
 
-# %% ../nbs/03_cache.ipynb #e72f24fc
+# %% ../nbs/03_cache.ipynb #7bfdc070
 _COUNTS = '''select model, endpoint, count(*), sum(prompt_tokens), sum(completion_tokens), sum(usd), sum(usd is null),
     sum(refused), sum(aside), sum(logprobs is not null)
     from answer join teacher on teacher.id = answer.teacher group by teacher.id'''
@@ -330,9 +336,9 @@ class TeacherCache(_Keeping, _Finding):
             total = self.read('''select count(*) from answer join teacher on teacher.id = answer.teacher
                 where not aside and (? is null or model=?)''', model, model)[0][0]
             shown = [_shown(kept) for kept, _ in zip(self.rows(True, model), range(limit))]
-            return Browser(shown, total, str(self.path))
+            return Browser(shown, total, self.path.name)
         found = [row for row in map(_shown, self.rows(True, model)) if _says(row, search.casefold())]
-        return Browser(found[:limit], len(found), str(self.path), search)
+        return Browser(found[:limit], len(found), self.path.name, search)
 
     def merge(self, other: 'TeacherCache|str|Path') -> int: # How many answers were new here
         "Take over what another cache holds."
@@ -346,6 +352,7 @@ class TeacherCache(_Keeping, _Finding):
 
     def copy_to(self, path: str|Path) -> Path: # Where the copy is
         "A copy of the whole file as it is now, wherever a plain file may lie, e.g. on a network drive."
+        if Path(path).resolve() == self.path.resolve(): raise BadInput(f'{path} is this cache; name another file')
         with atomically(path, 'wb') as out, tempfile.TemporaryDirectory() as folder:
             with self._lock, closing(sqlite3.connect(Path(folder)/'copy.db')) as copy:
                 self.read('select 1')

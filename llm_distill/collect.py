@@ -26,7 +26,7 @@ from .run import Run, Settings
 from .teachers.base import Teacher
 from .types import BadInput, Listener, NotCached
 
-# %% ../nbs/04_collect.ipynb #f6265254
+# %% ../nbs/04_collect.ipynb #67bf8278
 def _start(prompts, teacher, cache, on_event, stop, settings) -> tuple: # The run, its future, and what to do at the end
     ours = not isinstance(cache, TeacherCache)
     if ours and settings.offline and not Path(cache).exists():
@@ -51,7 +51,7 @@ def _warn(answers: Answers, notes: list[str]) -> Answers:
         if len(seen) > 1:
             notes.append(f'the {what} changed within the run ({", ".join(seen)}): '
                          'the answers come from different teachers')
-    for note in notes: warnings.warn(note, CollectWarning, stacklevel=3)
+    for note in notes: warnings.warn(note, CollectWarning, stacklevel=4)
     return answers
 
 async def acollect(
@@ -77,12 +77,13 @@ async def acollect(
     settings = Settings(system_prompt, column, n, concurrency, budget, on_error, offline, keep_cut, second_tries, mode,
                         poll_s, params)
     run, future, done = _start(prompts, teacher, cache, on_event, stop, settings)
-    result = asyncio.wrap_future(future)
-    try: return _warn(await asyncio.shield(result), run.notes)
+    try:
+        await _until(future)
+        return _result(run, future)
     except asyncio.CancelledError:
-        if run.interrupt() or not future.done():
-            try: await asyncio.shield(result)  # what is in flight is still kept
-            except asyncio.CancelledError: future.cancel()
+        run.interrupt()
+        try: await _until(future)  # what is in flight is still kept
+        except asyncio.CancelledError: future.cancel()
         raise
     finally:
         if future.done(): done()
@@ -91,8 +92,9 @@ async def acollect(
 def collect(prompts, teacher: Teacher, cache: TeacherCache|str|Path, **settings) -> Answers:
     "`acollect` for scripts and cells: takes the same arguments and waits for the answers."
     on_event, stop = settings.pop('on_event', None), settings.pop('stop', None)
-    own = {k: settings.pop(k) for k in Settings.__dataclass_fields__ if k in settings and k != 'params'}
-    run, future, done = _start(prompts, teacher, cache, on_event, stop, Settings(**own, params=settings))
+    if threading.current_thread().name == 'llm_distill':
+        raise RuntimeError('this code runs in the background loop: await acollect')
+    run, future, done = _start(prompts, teacher, cache, on_event, stop, _settings(settings))
     try:
         try: _wait(future)
         except KeyboardInterrupt:
@@ -104,16 +106,26 @@ def collect(prompts, teacher: Teacher, cache: TeacherCache|str|Path, **settings)
         wait([future], 10)
         raise
     finally: done()
-    return _warn(future.result(), run.notes)
+    return _result(run, future)
+
+def _settings(given: dict) -> Settings:
+    own = {k: v for k, v in given.items() if k in Settings.__dataclass_fields__ and k != 'params'}
+    return Settings(**own, params={k: v for k, v in given.items() if k not in own})
+
+async def _until(future) -> None:
+    while not future.done(): await asyncio.sleep(.05)  # a kernel's interrupt cancels, but does not wake its loop
+
+def _result(run: Run, future) -> Answers:
+    answers = future.result()
+    if run.error is not None: raise run.error
+    return _warn(answers, run.notes)
 
 def _wait(future) -> None:
-    if threading.current_thread().name == 'llm_distill':
-        raise RuntimeError('this code runs in the background loop: await acollect')
     while not wait([future], .1).done: pass  # short waits let an interrupt in on every system
 
 collect.__signature__ = inspect.signature(acollect)
 
-# %% ../nbs/04_collect.ipynb #622dcc34
+# %% ../nbs/04_collect.ipynb #9afecce8
 @dataclass(frozen=True)
 class Outlook:
     "What a run would do."
@@ -122,30 +134,31 @@ class Outlook:
     equal: int              # Those that are the same as another one
     wrong: int              # Those that cannot be asked
     asked: int              # Requests that would be sent
-    cost: Estimate|None     # What they would probably cost; None where the price is not known
+    cost: Estimate|None     # What they would probably cost; None where nobody knows
+    why: str = ''           # Why nobody knows
 
     def __str__(self) -> str:
         kinds = {'in the cache': self.from_cache, 'equal to another one': self.equal,
                  'that cannot be asked': self.wrong}
         known = ''.join(f'{count:,} {kind}, ' for kind, count in kinds.items() if count)
-        cost = '' if not self.asked else f'; {self.cost or "the price is not known"}'
+        cost = '' if not self.asked else f'; {self.cost or self.why}'
         return f'{self.prompts:,} prompts: {known}{self.asked:,} to ask{cost}'
 
 def outlook(
-    prompts: Iterable[str|list|dict]|str|Path, # As for `acollect`, as are the other arguments
+    prompts: Iterable[str|list|dict]|str|Path,
     teacher: Teacher,
     cache: TeacherCache|str|Path,
-    system_prompt: str|None = None, column: str|None = None, n: int = 1, mode: str = 'online', **params,
+    **settings,                     # As for `acollect`
 ) -> Outlook:
     "How many requests a run would send, and what they would cost; asks nothing, and makes no file."
-    how = Settings(system_prompt, column, n, mode=mode, offline=True, params=params)
+    how = _settings({k: v for k, v in settings.items() if k not in ('on_event', 'stop')} | {'offline': True})
     how.check(teacher)
     ours = not isinstance(cache, TeacherCache)
     store = cache if not ours else TeacherCache(cache) if Path(cache).exists() else None
     seen, missing, counts = set(), [], Counter()
     try:
-        for prompt in iter_prompts(prompts, system_prompt, column):
-            for sample in range(n):
+        for prompt in iter_prompts(prompts, how.system_prompt, how.column):
+            for sample in range(how.n):
                 try: query = how.query(teacher, prompt.messages, sample)
                 except (BadInput, AttributeError): counts['wrong'] += 1; continue
                 kind = 'equal' if query.key in seen else 'from_cache' if store and query in store else 'asked'
@@ -154,10 +167,10 @@ def outlook(
                 seen.add(query.key)
     finally:
         if ours and store: store.close()
-    try: known = teacher.price is not None
-    except BadInput: known = False
-    cost = teacher.estimate(missing, params.get('max_tokens'), batch=mode == 'batch') if missing and known else None
-    return Outlook(counts.total(), *(counts[k] for k in ('from_cache', 'equal', 'wrong', 'asked')), cost)
+    cost, why = None, ''
+    try: cost = teacher.estimate(missing, how.params.get('max_tokens'), batch=how.mode == 'batch') if missing else None
+    except BadInput as e: why = str(e)
+    return Outlook(counts.total(), *(counts[k] for k in ('from_cache', 'equal', 'wrong', 'asked')), cost, why)
 
 # %% ../nbs/04_collect.ipynb #d34da36a
 def cache_teacher_outputs(

@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['drive_of', 'check_drive', 'refuse', 'version_of', 'connect', 'open_database', 'Writer']
 
-# %% ../nbs/02b_database.ipynb #d294d949
+# %% ../nbs/02b_database.ipynb #48738e29
 import os
 import queue
 import sqlite3
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.request import pathname2url
 
 from .types import CacheError
 
-# %% ../nbs/02b_database.ipynb #c3c9922c
+# %% ../nbs/02b_database.ipynb #88f5cb02
 _NO_LOCKS = ('fuse.drive', 'fuse.google-drive', 'fuse.rclone', 'fuse.s3fs', 'fuse.gcsfuse', 'gcsfuse', 'fuse.sshfs',
              'fuse.davfs2', 'davfs', 'smbfs', 'afpfs', 'webdav')
 _REMOTE = ('nfs', 'nfs4', 'cifs', 'smb3', 'lustre', 'gpfs', 'beegfs', 'fuse.glusterfs', 'ceph', 'fuse.ceph')
@@ -34,7 +35,7 @@ def drive_of(
         except OSError: mounts = ''
     lines = [line.split() for line in mounts.splitlines() if len(line.split()) > 2]
     found = [(Path(where.replace(r'\040', ' ')), kind) for _, where, kind, *_ in lines]
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     on = [(where, kind) for where, kind in found if path.is_relative_to(where)]
     where, kind = max(reversed(on), key=lambda f: len(f[0].parts), default=('', ''))
     return kind, str(where)
@@ -64,7 +65,7 @@ def check_drive(
                          f'cache.copy_to({str(path)!r}), or llm-distill cache copy')
     return 'delete' if kind in _REMOTE else 'wal'
 
-# %% ../nbs/02b_database.ipynb #afd1270d
+# %% ../nbs/02b_database.ipynb #2d43c1d0
 def refuse(path: Path, why: str) -> CacheError: # To be raised
     return CacheError(f'{path} is {why}; it was left untouched: move it away or name another file')
 
@@ -84,12 +85,14 @@ def version_of(
 ) -> int:             # 0 where there is nothing yet
     "Raises `CacheError` for what is not ours, not sound, or from a later release."
     if not path.exists() or not path.stat().st_size: return 0
-    with path.open('rb') as f:
-        if f.read(16) != b'SQLite format 3\0': raise refuse(path, 'no cache file')
+    with path.open('rb') as f: head = f.read(18)
+    if head[:16] != b'SQLite format 3\0': raise refuse(path, 'no cache file')
+    if path.stat().st_size % (int.from_bytes(head[16:], 'big') or 1) and not Path(f'{path}-wal').exists():
+        raise refuse(path, 'damaged (it ends in the middle of a page)')
     try:
         try: found = _look(path, 'ro')
         except sqlite3.OperationalError: found = _look(path, 'rw')  # SQLite finishes what a killed process had begun
-    except sqlite3.DatabaseError as e: raise refuse(path, f'damaged ({e})') from e
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as e: raise refuse(path, f'damaged ({e})') from e
     owner, version, tables, sound = found
     if sound != 'ok': raise refuse(path, f'damaged ({sound})')
     if (owner, version, tables) == (0, 0, 0): return 0  # killed before the first commit
@@ -97,7 +100,9 @@ def version_of(
     if version > newest: raise refuse(path, f'of format {version}, and this release reads {newest} at most; upgrade it')
     return version
 
-# %% ../nbs/02b_database.ipynb #73631807
+# %% ../nbs/02b_database.ipynb #24a18a9b
+_UNREADABLE = ValueError, LookupError, TypeError, AttributeError, zlib.error  # what a migration meets in a broken row
+
 def connect(path: Path, durability: str = 'normal', journal: str = 'wal') -> sqlite3.Connection:
     "A connection without any check; what it begins, it has to commit."
     db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
@@ -122,9 +127,13 @@ def open_database(
         path.parent.mkdir(parents=True, exist_ok=True)
         journal = check_drive(path)
         version = version_of(path, application, newest)
+        if 0 < version < newest:  # with the journal that it has: a failure leaves not one byte changed
+            with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
+                _bring_up(db, application, tables, migrations)
         db = connect(path, durability, journal)
-        if version < newest: _bring_up(db, application, tables, migrations)
+        if not version: _bring_up(db, application, tables, migrations)
         return db
+    except _UNREADABLE as e: raise refuse(path, f'damaged ({e})') from e
     except (sqlite3.Error, OSError) as e:
         raise CacheError(f'cannot keep a database at {path} ({e}); name a file in a folder that can be written') from e
 
@@ -142,7 +151,7 @@ def _bring_up(db, application, tables, migrations) -> None:
         db.execute('rollback')
         raise
 
-# %% ../nbs/02b_database.ipynb #e1f7c90b
+# %% ../nbs/02b_database.ipynb #4435109b
 _LINGER = .02   # seconds that a patient job waits for company
 _MOST = 500     # jobs in a commit
 
@@ -166,6 +175,7 @@ class Writer:
         now: bool = False,                           # Whether somebody waits for it
     ) -> Future:                                     # Done when the job is committed; raises `CacheError` if it is not
         future = Future()
+        future.set_running_or_notify_cancel()  # what was handed over is done, whoever stops waiting for it
         if self._closed: raise CacheError(f'{self.path} was closed; open it again')
         self._queue.put((job, future, now))
         return future

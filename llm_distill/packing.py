@@ -40,7 +40,7 @@ class Vocabulary:
 
     def __len__(self) -> int: return len(self.tokens)
 
-# %% ../nbs/02a_packing.ipynb #3fd17fb1
+# %% ../nbs/02a_packing.ipynb #905a6c49
 @dataclass(frozen=True)
 class TopK:
     "The k likeliest tokens at each of T places, as arrays; `numbers` count in a `Vocabulary`."
@@ -63,13 +63,13 @@ class TopK:
         "The same as lists of bytes."
         entries, there = vocabulary.tokens, (self.numbers >= 0).sum(1)
         top = [[entries[i] for i in row[:n]] for row, n in zip(self.numbers.tolist(), there)]
-        told = any(own is not None for row in top[:1] for _, own in row)
+        told = any(own is not None for _, own in next(filter(None, top), []))
         ids = [np.array([own for _, own in row]) for row in top] if told else None
         return TokenLogprobs([entries[i][0] for i in self.chosen.tolist()], self.chosen_logprobs,
                              [[token for token, _ in row] for row in top],
                              [row[:n] for row, n in zip(self.logprobs, there)], ids, self.tail)
 
-# %% ../nbs/02a_packing.ipynb #0adaff99
+# %% ../nbs/02a_packing.ipynb #20e10d56
 def as_arrays(
     rows: TokenLogprobs,
     vocabulary: Vocabulary, # Gets the tokens that it does not know
@@ -79,7 +79,7 @@ def as_arrays(
     k = sizes.max(initial=0)
     there = slice(None) if (sizes == k).all() else np.arange(k) < sizes[:, None]
     tokens = [t for row in rows.top_tokens for t in row]
-    if rows.top_ids is None: flat = vocabulary.numbers(tokens)
+    if not rows.top_ids: flat = vocabulary.numbers(tokens)
     else: flat = [vocabulary.number(t, int(i)) for t, i in zip(tokens, np.concatenate(rows.top_ids))]
     numbers, logprobs = np.full((length, k), -1, np.int32), np.full((length, k), -np.inf, np.float32)
     shape = (length, k) if isinstance(there, slice) else -1

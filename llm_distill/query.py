@@ -5,19 +5,25 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'request_key', 'split_top_k', 'Query']
 
-# %% ../nbs/02d_query.ipynb #0b796a84
+# %% ../nbs/02d_query.ipynb #0cc492a2
 import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
 
-from .types import Message, as_messages
+from .types import Message
 
-# %% ../nbs/02d_query.ipynb #c1a1d1a5
-SCHEMA = 1  # of the key; another number would find nothing of what there is
+# %% ../nbs/02d_query.ipynb #60e872c2
+SCHEMA = 2  # of the key; with another number nothing would be found of what there is
+
+def _whole(value):
+    "1.0 is 1: whoever writes one means the other."
+    if isinstance(value, float) and value.is_integer(): return int(value)
+    if isinstance(value, dict): return {k: _whole(v) for k, v in value.items()}
+    return [_whole(v) for v in value] if isinstance(value, list|tuple) else value
 
 def _canonical(request: dict, endpoint: str, sample: int) -> bytes:
-    whole = {'schema': SCHEMA, 'endpoint': endpoint, 'request': request, 'sample': sample}
+    whole = {'schema': SCHEMA, 'endpoint': endpoint, 'request': _whole(request), 'sample': sample}
     return json.dumps(whole, sort_keys=True, separators=(',', ':')).encode()
 
 def request_key(
@@ -28,16 +34,26 @@ def request_key(
     "sha256 of the canonical request."
     return hashlib.sha256(_canonical(request, endpoint, sample)).digest()
 
-# %% ../nbs/02d_query.ipynb #824a8997
+# %% ../nbs/02d_query.ipynb #9c5bf5f8
 def split_top_k(
     request: dict,      # In any provider's form
 ) -> tuple[dict, int]:  # The rest, and the number of alternatives; 0 is the chosen token's logprob alone, -1 nothing
     "A request without what it says about logprobs."
-    rest = {k: v for k, v in request.items() if k not in ('logprobs', 'top_logprobs')}
-    said, most = request.get('logprobs'), request.get('top_logprobs')
+    rest = {k: v for k, v in request.items() if k not in ('logprobs', 'top_logprobs', 'include')}
+    said, most, include = (request.get(k) for k in ('logprobs', 'top_logprobs', 'include'))
+    if isinstance(include, list):  # OpenAI's Responses ask for logprobs there
+        said = said or _LOGPROBS in include
+        include = [what for what in include if what != _LOGPROBS] or None
+    if include is not None: rest['include'] = include
     if isinstance(said, int) and not isinstance(said, bool): return rest, said
     if most is None: return rest, 0 if said else -1
     return rest, int(most)
+
+_LOGPROBS = 'message.output_text.logprobs'
+
+def _plain(content) -> str: # Text of parts as well
+    if isinstance(content, list): return ''.join(str(p.get('text') or '') for p in content if isinstance(p, dict))
+    return content if isinstance(content, str) else ''
 
 @dataclass(frozen=True)
 class Query:
@@ -59,6 +75,9 @@ class Query:
     @property
     def model(self) -> str: return str(self.request.get('model', ''))
     def messages(self) -> list[Message]:
-        "The conversation, whatever the provider calls it."
-        said = self.request.get('messages') or self.request.get('input') or self.request.get('prompt') or ''
-        return as_messages(said, self.request.get('system')) if said else []
+        "The conversation as text, whatever the provider calls it."
+        said = next((self.request[k] for k in ('messages', 'input', 'prompt') if self.request.get(k)), [])
+        if not isinstance(said, list): said = [{'role': 'user', 'content': said}]
+        system = [{'role': 'system', 'content': self.request['system']}] if self.request.get('system') else []
+        return [Message(role=str(m.get('role')), content=_plain(m.get('content'))) for m in [*system, *said]
+                if isinstance(m, dict)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from .types import BadInput, Completion, Message, TokenLogprobs, Usage, as_messages
 
-# %% ../nbs/03b_records.ipynb #4112e633
+# %% ../nbs/03b_records.ipynb #35f3b92f
 @dataclass
 class Answer:
     "A question with the teacher's answer."
@@ -23,7 +23,7 @@ class Answer:
     sample: int = 0                          # Which of several answers to the same prompt
 
     @property
-    def prompt(self) -> str: return self.messages[-1]['content']
+    def prompt(self) -> str: return self.messages[-1]['content'] if self.messages else ''
     @property
     def text(self) -> str: return self.completion.text
 
@@ -36,7 +36,7 @@ class Failure:
     kind: str     # The name of the error, e.g. "TeacherTimeout"
     error: str    # What it says
 
-# %% ../nbs/03b_records.ipynb #07a0e5d7
+# %% ../nbs/03b_records.ipynb #e4ad24ef
 def _token(token: bytes, logprob: float) -> dict:
     return {'token': token.decode('utf-8', 'replace'), 'bytes': list(token), 'logprob': float(logprob)}
 
@@ -47,12 +47,12 @@ def _places(rows: TokenLogprobs) -> list[dict]:
 
 def _rows(places: list[dict]) -> TokenLogprobs:
     def token(t): return bytes(t['bytes']) if t.get('bytes') is not None else t['token'].encode()
-    def numbers(values): return np.array([np.nan if v is None else v for v in values], np.float32)
+    def numbers(values, none=np.nan): return np.array([none if v is None else v for v in values], np.float32)
     tops = [place.get('top_logprobs') or [] for place in places]
     tail = numbers(p['tail'] for p in places) if all('tail' in p for p in places) else None
     return TokenLogprobs([token(p) for p in places], numbers(p['logprob'] for p in places),
                          [[token(t) for t in top] for top in tops],
-                         [numbers(t['logprob'] for t in top) for top in tops], tail=tail)
+                         [numbers((t['logprob'] for t in top), -np.inf) for top in tops], tail=tail)
 
 _FIELDS = 'finish_reason', 'model', 'reasoning', 'latency_s', 'request_id', 'refused', 'fingerprint'
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'Item', 'Run']
 
-# %% ../nbs/03e_run.ipynb #d4965c91
+# %% ../nbs/03e_run.ipynb #faf5e373
 import asyncio
 import threading
 import time
@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 
 from .answers import Answers, Failure, Spool, Tally
 from .batch import Batches
 from .cache import Place, TeacherCache
 from .pricing import Budget
-from .prompts import Prompt, iter_prompts
+from .prompts import Drawn, Prompt, iter_prompts
 from .query import Query
 from .teachers.asking import Flight, flight
 from .teachers.background import background_loop
@@ -27,7 +26,7 @@ from .teachers.base import Teacher
 from .types import (BadInput, BadReply, BudgetSpent, Completion, DistillError, Event, MissingKey, NotCached,
                                NotGiven, NoText, QuotaSpent, TeacherError, TeacherRefused, TeacherTimeout)
 
-# %% ../nbs/03e_run.ipynb #fb2faeec
+# %% ../nbs/03e_run.ipynb #7e1df257
 @dataclass
 class Settings:
     "How to collect; `acollect` says what each means."
@@ -58,6 +57,8 @@ class Settings:
         if sample and seed is not None: params = params | {'seed': seed + sample}
         return Query(teacher.endpoint, teacher.request(messages, **params), sample)
 
+    def purse(self) -> Budget|None: return self.budget if isinstance(self.budget, Budget) else None
+
     def check(self, teacher: Teacher) -> None:
         "Find out what is wrong with the parameters before anything is asked."
         logprobs = self.params.get('logprobs', teacher.defaults.get('logprobs'))
@@ -67,7 +68,7 @@ class Settings:
         if not self.offline: teacher.check_budget(teacher.size(sample.request))
         if self.mode == 'batch': teacher.batch_api()
 
-# %% ../nbs/03e_run.ipynb #5d672d03
+# %% ../nbs/03e_run.ipynb #6d4d1699
 @dataclass
 class Item:
     "A request, and all the questions that wait for its answer."
@@ -90,6 +91,10 @@ class Run:
         self.total = len(prompts)*settings.n if isinstance(prompts, Sized) and not isinstance(prompts, str) else None
         self.items: dict[bytes, Item] = {}  # asked and not yet settled
         self.notes: list[str] = []
+        self.drawn: Drawn|None = None
+        self.batches: Batches|None = None
+        self.queue, self.room, self.halted = asyncio.Queue(settings.concurrency), asyncio.Event(), asyncio.Event()
+        self.flights: dict[asyncio.Task, Flight] = {}
         self.inbox, self.waking, self.unkept, self.in_a_row, self.settled = deque(), False, 0, 0, 0
         try: self.price = self.teacher.price
         except BadInput: self.price = None
@@ -98,8 +103,6 @@ class Run:
 
     async def go(self) -> Answers:
         self.started, self.spool = time.perf_counter(), Spool(self.cache.path)
-        self.queue, self.room, self.halted = asyncio.Queue(self.how.concurrency), asyncio.Event(), asyncio.Event()
-        self.flights: dict[asyncio.Task, Flight] = {}
         course, watch = asyncio.create_task(self._course()), asyncio.create_task(self._watch())
         for _ in range(self.how.concurrency): self._hire()
         try:
@@ -108,6 +111,8 @@ class Run:
             course.cancel()
             await self._land()
         finally:
+            for part in (self.drawn, self.batches):
+                if part: part.close()
             for task in (course, watch, *self.flights): task.cancel()
             await asyncio.gather(course, watch, *self.flights, return_exceptions=True)
         self.tally.seconds = time.perf_counter() - self.started
@@ -117,14 +122,20 @@ class Run:
         "All prompts, then what failed and may pass."
         self.batches = Batches(self) if self.how.mode == 'batch' else None
         await self._feed()
+        full = None
         if self.batches:
             try: await self.batches.finish()
-            except BudgetSpent as e: await self._settled(); return self._spent(e)
+            except BudgetSpent as e: full = e
+            await self._once_more()
         await self._settled()
-        for _ in range(self.how.second_tries):
-            if not (again := self.spool.take_later()): return
-            for item in again: await self._again(item)
-            await self._settled()
+        for _ in range(self.how.second_tries): await self._once_more()
+        if full: self._spent(full)
+
+    async def _once_more(self) -> None:
+        "Ask what was put aside."
+        for item in self.spool.take_later():
+            if not self.found(item): await self.ask_online(item)
+        await self._settled()
 
     async def _watch(self) -> None:
         "Returns when the run has to end early."
@@ -155,13 +166,13 @@ class Run:
     # Prompts in
 
     async def _feed(self) -> None:
-        prompts, position = iter_prompts(self.source, self.how.system_prompt, self.how.column), 0
-        while some := await asyncio.to_thread(_a_few, prompts):
-            for prompt in some:
-                for sample in range(self.how.n):
-                    await self._plan(position, prompt, sample)
-                    position += 1
-            self._report()
+        self.drawn, position = Drawn(iter_prompts(self.source, self.how.system_prompt, self.how.column)), 0
+        async for prompt in self.drawn:
+            for sample in range(self.how.n):
+                await self._plan(position, prompt, sample)
+                position += 1
+            if not position % 64: self._report()
+        self._report()
         if not position: raise BadInput('there is nothing to ask: give at least one prompt')
         self.total = position
 
@@ -178,12 +189,12 @@ class Run:
             self.tally.equal += 1
             self.items[query.key].waiting.append((position, prompt))
         elif self.batches and self.batches.attach(query.key, position, prompt): self.tally.equal += 1
-        elif not self._found(item := Item(query, [(position, prompt)])):
+        elif not self.found(item := Item(query, [(position, prompt)])):
             if self.how.offline: raise _not_cached(prompt, self.cache.path)
             if self.batches: self.batches.add(item)
             else: await self.ask_online(item)
 
-    def _found(self, item: Item) -> bool:
+    def found(self, item: Item) -> bool:
         "Settle what is there already."
         place = self.cache.find(item.query, aside=True)
         new = place is not None and place.created >= self.began  # written meanwhile
@@ -192,10 +203,6 @@ class Run:
         if new: self.tally.equal += len(item.waiting)
         else: self.tally.from_cache += len(item.waiting)
         return True
-
-    async def _again(self, item: Item) -> None:
-        "A second try."
-        if not self._found(item): await self.ask_online(item)
 
     def item(self, query: Query) -> Item: return Item(query, []) # That nobody waits for
 
@@ -256,8 +263,8 @@ class Run:
         while self.inbox:
             item, said, future = self.inbox.popleft()
             self.unkept -= 1
-            if error := future.exception(): self._halt(error)
-            else: self._settle(item, future.result()[0], said)
+            try: self._settle(item, future.result()[0], said)
+            except Exception as e: self._halt(e)
         self.room.set()
 
     def _settle(self, item: Item, row: int, said: Completion) -> None:
@@ -268,6 +275,7 @@ class Run:
     def _note(self, position: int, prompt: Prompt, item: Item, new: bool, row: int, told: Completion|Place) -> None:
         "Where the answer to a question is."
         self.settled += 1
+        self.tally.answers += 1
         self.tally.finish_reasons[told.finish_reason or 'not told'] += 1
         self.tally.refused += told.refused
         self.spool.add(position, (prompt.messages, prompt.meta), item.query, new, row)
@@ -281,11 +289,11 @@ class Run:
 
     # What goes wrong
 
-    def failed(self, item: Item, error: DistillError) -> None:
+    def failed(self, item: Item, error: DistillError, alone: bool = True) -> None: # `alone`: not one of a batch
         "A request was not answered."
         self.items.pop(item.query.key, None)
         if self.halted.is_set(): return
-        self.in_a_row += 1
+        self.in_a_row += alone
         if self.how.on_error == 'raise' or _hopeless(error): return self._halt(error)
         if self.in_a_row >= max(50, 2*self.how.concurrency):
             error.args = f'{error} ({self.in_a_row} requests in a row have failed; the answers so far are kept)',
@@ -317,27 +325,20 @@ class Run:
 
     def tell(self, event: Event) -> None:
         try: self.on_event(event)
-        except Exception as e: self._halt(e)
+        except BaseException as e: self._halt(e)
 
     def note(self, words: str) -> None: self.notes.append(words) # For a warning at the end
 
     def _result(self) -> Answers:
         if not self.tally.stopped:
             for item in self.spool.take_later(): self._fail(item, item.error)
-        if self.error: raise self.error
+        if isinstance(self.error, Exception): raise self.error
+        if self.error: return None  # an exit, which would end the loop: the caller raises it
         answers = self.spool.answers(self.tally, self.teacher.manifest())
         if not len(answers) and self.first_error: raise self.first_error
         return answers
 
-# %% ../nbs/03e_run.ipynb #e8382807
-def _a_few(prompts) -> list:
-    "As many as come within a moment, since an iterator may be slow."
-    some, end = [], time.monotonic() + .05
-    for prompt in islice(prompts, 64):
-        some.append(prompt)
-        if time.monotonic() > end: break
-    return some
-
+# %% ../nbs/03e_run.ipynb #029fe2b5
 def _not_cached(prompt: Prompt, path) -> NotCached:
     words = prompt.messages[-1]['content']
     return NotCached(f'{path} has no answer to this request: {words[:80]!r}{"..."*(len(words) > 80)}; '

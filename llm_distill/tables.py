@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['read_rows', 'atomically', 'write_jsonl', 'arrow_schema', 'write_parquet']
 
-# %% ../nbs/02c_tables.ipynb #340eb882
+# %% ../nbs/02c_tables.ipynb #19b5aaf7
 import csv
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -58,7 +59,7 @@ def _parquet(path: Path):
 
 _READERS = {'.jsonl': _jsonl, '.ndjson': _jsonl, '.json': _json, '.csv': _csv, '.tsv': _csv, '.parquet': _parquet}
 
-# %% ../nbs/02c_tables.ipynb #30cb7982
+# %% ../nbs/02c_tables.ipynb #cc296b93
 def read_rows(
     source: str|Path|Iterable, # .jsonl .json .csv .tsv .parquet, else a row a line; Dataset, DataFrame, list, iterator
 ) -> Iterator[tuple[str, str|dict|list]]: # Where it stood, and the row; raises `BadInput`
@@ -70,7 +71,8 @@ def read_rows(
         return
     if hasattr(source, 'itertuples') and hasattr(source, 'columns'):  # a DataFrame
         names = list(source.columns)
-        source = (dict(zip(names, values)) for values in source.itertuples(index=False, name=None))
+        def plain(v): return v.tolist() if hasattr(v, 'tolist') else v
+        source = ({n: plain(v) for n, v in zip(names, row)} for row in source.itertuples(index=False, name=None))
     if isinstance(source, dict) or not isinstance(source, Iterable):
         raise BadInput(f'rows come from a file, a Dataset, a list or an iterator, not from {type(source).__name__}')
     yield from ((f'row {i}', row) for i, row in enumerate(source, 1))
@@ -92,7 +94,17 @@ def atomically(path: str|Path, mode: str = 'w'): # A file to write to; raises `B
     finally:
         with suppress(OSError, TypeError): os.unlink(temp)
 
-# %% ../nbs/02c_tables.ipynb #7d7b15bb
+# %% ../nbs/02c_tables.ipynb #e5c662df
+def _json_line(row: dict) -> str:
+    "JSON knows no nan: it becomes null. What JSON cannot hold becomes text."
+    try: return json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError: return json.dumps(_finite(row), ensure_ascii=False, default=str)
+
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value): return None
+    if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list|tuple) else value
+
 def write_jsonl(
     path: str|Path,
     rows: Iterable[dict],
@@ -101,7 +113,7 @@ def write_jsonl(
     count = 0
     with atomically(path) as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + '\n')
+            f.write(_json_line(row) + '\n')
             count += 1
     return count
 

@@ -22,7 +22,7 @@ class Message(TypedDict):
     role: str     # "system", "user" or "assistant"
     content: str  # What was said
 
-# %% ../nbs/00_types.ipynb #77901fed
+# %% ../nbs/00_types.ipynb #9d583488
 def as_messages(
     prompt: str|list[Message],      # A user's question, or a whole conversation
     system_prompt: str|None = None, # Put in front, unless the conversation has a system message of its own
@@ -33,6 +33,8 @@ def as_messages(
     if not isinstance(messages, list|tuple) or not messages or not all(map(is_message, messages)):
         raise BadInput('a prompt is a string or a list of {"role", "content"} messages')
     messages = [dict(m) for m in messages]
+    try: ''.join(m['content'] for m in messages).encode()
+    except UnicodeEncodeError: raise BadInput('the prompt holds half a character, a lone surrogate') from None
     if not messages[-1]['content'].strip(): raise BadInput('the prompt is empty: give the teacher something to answer')
     if system_prompt and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system_prompt})

@@ -18,13 +18,14 @@ LEAN = Path(__file__).with_name('servers')/'lean.py'
 
 class Lean:
     "The server in a process of its own, at one port over all restarts."
-    def __init__(self, account: Path):
+    def __init__(self, account: Path, *more: str):
         self.port, self.account, self.starts, self.counts = free_port(), account, 0, Counter()
+        self.more = more
         self.start()
 
     def start(self):
         self.starts += 1
-        words = sys.executable, LEAN, self.port, self.account, self.starts
+        words = sys.executable, LEAN, self.port, self.account, self.starts, *self.more
         self.process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == 'ready\n'
 
@@ -57,7 +58,8 @@ def soak(n: int, folder: Path) -> str:
     account = [json.loads(line) for line in lean.account.open()]
     said, asked = {q: f'{number}: {q}' for q, number, _, _ in account}, Counter(q for q, *_ in account)
     owed = sum(into*PRICE.input + out*PRICE.output for _, _, into, out in account)/1e6
-    figures = (f'{n} prompts, {lean.counts["requests"]} requests in {seconds:.1f} s ({lean.counts["requests"]/seconds:.0f}/s), '
+    sent = lean.counts['requests']
+    figures = (f'{n} prompts, {sent} requests in {seconds:.1f} s ({sent/seconds:.0f}/s), '
                f'{t.stats.retried} retried, {found.usd:.6f} USD, {owed:.6f} owed, {dict(lean.counts)}, {t.rate}')
     print(figures)
     assert lean.starts == 3 and found.stopped is None and len(found) == n and not found.errors, found.tally.errors
@@ -68,6 +70,16 @@ def soak(n: int, folder: Path) -> str:
         assert sum(kept.completion.text == said[kept.query.messages()[-1]['content']] for kept in c) == n
     assert found.usd == pytest.approx(owed, abs=1e-6) and t.stats.usd == pytest.approx(owed, abs=1e-6)
     return figures
+
+
+def test_stray_refusals_of_a_provider_that_tells_no_limits(tmp_path):
+    "1 in 20 requests is refused, however few they are."
+    lean, stop = Lean(tmp_path/'account', 'silent'), threading.Event()
+    threading.Timer(12, stop.set).start()
+    with create_teacher('openai', 'gpt-4o', 'k', f'http://127.0.0.1:{lean.port}/v1', price=PRICE, retry_delay=.5) as t:
+        found = collect([f'Question {i}' for i in range(600)], t, tmp_path/'a.db', stop=stop)
+    lean.stop()
+    assert len(found) > 300, f'{len(found)} answers in 12 s: {t.rate}'
 
 
 def test_two_thousand_prompts(tmp_path): soak(2000, tmp_path)

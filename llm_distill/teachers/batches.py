@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['Look', 'BatchApi', 'OpenAIBatches', 'AnthropicBatches']
 
-# %% ../../nbs/02_teachers.batches.ipynb #1cba858f
+# %% ../../nbs/02_teachers.batches.ipynb #3bcba3db
 import asyncio
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Optional
 
 import msgspec
 from msgspec import Raw, Struct
 
 from .wire import refusal
-from ..types import BadReply, Completion, TeacherBusy, TeacherError
+from ..types import BadReply, Completion, TeacherBusy, TeacherError, TeacherTimeout
 
-# %% ../../nbs/02_teachers.batches.ipynb #dd927699
+# %% ../../nbs/02_teachers.batches.ipynb #ce091535
 @dataclass(frozen=True)
 class Look:
     "How far a job is."
@@ -33,6 +34,8 @@ class BatchApi(ABC):
     "A provider's batch API, through its own SDK."
     most_requests, most_bytes = 50_000, 200_000_000  # in one job
 
+    kind = ''  # What tells jobs of one dialect from those of another
+
     def __init__(self, teacher): self.teacher, self.wire = teacher, teacher.wire
 
     @abstractmethod
@@ -42,7 +45,9 @@ class BatchApi(ABC):
     @abstractmethod
     async def look(self, job: str) -> Look: "How far it is."
     @abstractmethod
-    def results(self, job: str) -> AsyncIterator[tuple[str, Completion|TeacherError]]: "Names with answers or errors."
+    async def fetch(self, job: str, file: BinaryIO): "Write all results, one in a line; once."
+    @abstractmethod
+    def read(self, line: bytes) -> tuple[str, Completion|TeacherError]: "A name with its answer, or its error."
     @abstractmethod
     async def find(self, name: str, requests: int, since: float) -> list[str]:
         "Jobs that may be the one sent as `name`."
@@ -51,8 +56,22 @@ class BatchApi(ABC):
         "Ask again while that may help, as for single requests."
         for tries in range(self.teacher.max_retries + 1):
             try: return await self.wire.guard(ask())
-            except TeacherError as e: wait = self.teacher.seconds_to_wait(e, tries)
+            except TeacherError as e:
+                if isinstance(e, TeacherTimeout): e.passes = True  # looking twice costs nothing
+                wait = self.teacher.seconds_to_wait(e, tries)
             await asyncio.sleep(wait)
+
+    async def results(self, job: str) -> AsyncIterator[tuple[str, Completion|TeacherError]]:
+        "Names with answers or errors, from a whole file: a download that breaks off is begun anew."
+        with tempfile.TemporaryFile() as file:
+            async def fetch():
+                file.seek(0)
+                file.truncate()
+                await self.fetch(job, file)
+            await self.patiently(fetch)
+            file.seek(0)
+            for line in file:
+                if line.strip(): yield self.read(line)
 
     async def submit(
         self,
@@ -71,12 +90,11 @@ class BatchApi(ABC):
             await asyncio.sleep(wait)
 
     async def lost(self, name: str, requests: int, since: float, known: set[str]) -> str|None:
-        "The id of a job whose reply has not arrived."
-        with suppress(TeacherError):
-            found = await self.patiently(lambda: self.find(name, requests, since))
-            return next((job for job in found if job not in known), None)
+        "The id of a job whose reply has not arrived; raises a `TeacherError` where that cannot be told."
+        found = await self.patiently(lambda: self.find(name, requests, since))
+        return next((job for job in found if job not in known), None)
 
-# %% ../../nbs/02_teachers.batches.ipynb #364fbdbf
+# %% ../../nbs/02_teachers.batches.ipynb #634010f2
 class _Answer(Struct):
     status_code: int = 0
     body: Raw = Raw(b'null')
@@ -97,7 +115,7 @@ class OpenAIBatches(BatchApi):
     "Files and batches of OpenAI, and of servers that have them too."
     def __init__(self, teacher, path: str, reader):
         super().__init__(teacher)
-        self.path, self.reader = f'/v1{path}', reader
+        self.path, self.reader, self.kind = f'/v1{path}', reader, path
 
     def line(self, name: str, request: dict) -> bytes:
         return msgspec.json.encode({'custom_id': name, 'method': 'POST', 'url': self.path, 'body': request}) + b'\n'
@@ -118,17 +136,14 @@ class OpenAIBatches(BatchApi):
         done, total = (counts.completed + counts.failed, counts.total) if counts else (0, 0)
         return Look(batch.status in _ENDED, done, total, error)
 
-    async def results(self, job: str):
-        batch = await self.patiently(lambda: self.wire.client().batches.retrieve(job))
-        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            async for line in self._lines(file): yield self._read(line)
+    async def fetch(self, job: str, file: BinaryIO) -> None:
+        client = self.wire.client()
+        batch = await client.batches.retrieve(job)
+        for name in filter(None, (batch.output_file_id, batch.error_file_id)):
+            async with client.files.with_streaming_response.content(name) as reply:
+                async for part in reply.iter_bytes(): file.write(part)
 
-    async def _lines(self, file: str) -> AsyncIterator[str]:
-        async with self.wire.client().files.with_streaming_response.content(file) as reply:
-            async for line in reply.iter_lines():
-                if line.strip(): yield line
-
-    def _read(self, line: str) -> tuple:
+    def read(self, line: bytes) -> tuple:
         try: found = _line.decode(line)
         except msgspec.DecodeError as e: raise BadReply(f'{self.teacher.url} sent a result that is none ({e})') from e
         said, body = found.response, b'null' if found.response is None else bytes(found.response.body)
@@ -147,7 +162,25 @@ class OpenAIBatches(BatchApi):
             if (batch.metadata or {}).get('llm_distill') == name: jobs.append(batch.id)
         return jobs
 
-# %% ../../nbs/02_teachers.batches.ipynb #b7f6bd6b
+# %% ../../nbs/02_teachers.batches.ipynb #6ebb3f97
+class _Failed(Struct):
+    type: str = ''
+    message: str = ''
+    error: Optional['_Failed'] = None
+
+class _Outcome(Struct):
+    type: str
+    message: Raw = Raw(b'null')
+    error: _Failed|None = None
+
+class _Result(Struct):
+    custom_id: str
+    result: _Outcome
+
+_result = msgspec.json.Decoder(_Result)
+_STATUS = {'invalid_request_error': 400, 'authentication_error': 401, 'billing_error': 402, 'permission_error': 403,
+           'not_found_error': 404}
+
 class AnthropicBatches(BatchApi):
     "Message Batches."
     most_requests, most_bytes = 100_000, 256_000_000
@@ -169,20 +202,23 @@ class AnthropicBatches(BatchApi):
         done = c.succeeded + c.errored + c.canceled + c.expired
         return Look(batch.processing_status == 'ended', done, done + c.processing)
 
-    async def results(self, job: str):
-        async for entry in await self.patiently(lambda: self.wire.client().messages.batches.results(job)):
-            yield entry.custom_id, self._read(entry.result)
+    async def fetch(self, job: str, file: BinaryIO) -> None:
+        async with self.wire.client().messages.batches.with_streaming_response.results(job) as reply:
+            async for part in reply.iter_bytes(): file.write(part)
 
-    def _read(self, result) -> Completion|TeacherError:
+    def read(self, line: bytes) -> tuple:
+        try: found = _result.decode(line)
+        except msgspec.DecodeError as e: raise BadReply(f'{self.teacher.url} sent a result that is none ({e})') from e
+        return found.custom_id, self._said(found.result)
+
+    def _said(self, result) -> Completion|TeacherError:
         if result.type == 'succeeded':
-            try: return self.reader(result.message.to_json().encode(), self.teacher.model)
+            try: return self.reader(bytes(result.message), self.teacher.model)
             except TeacherError as e: return e
         if result.type != 'errored': return TeacherBusy(f'the batch ended without this answer ({result.type})')
-        error = result.error.error
-        status = {'invalid_request_error': 400, 'authentication_error': 401, 'billing_error': 402,
-                  'permission_error': 403, 'not_found_error': 404}.get(error.type, 500)
+        error = result.error and (result.error.error or result.error) or _Failed()
         body = {'error': {'type': error.type, 'message': error.message}}
-        return refusal(status, body, {}, self.teacher.url, self.teacher.key)
+        return refusal(_STATUS.get(error.type, 500), body, {}, self.teacher.url, self.teacher.key)
 
     async def find(self, name: str, requests: int, since: float) -> list[str]:
         jobs = []

@@ -137,7 +137,7 @@ class Bucket:
         if any(e is entry for e in self.sent): self.ours -= entry[1]
         entry[1] = 0.
 
-# %% ../../nbs/02_teachers.rate.ipynb #da1d7816
+# %% ../../nbs/02_teachers.rate.ipynb #ae9087dc
 @dataclass
 class Turn:
     "A request that was let through."
@@ -157,6 +157,7 @@ class RateControl:
         self._slow_start, self._not_before, self._next = True, 0., 0.
         self._cut_at, self._since_cut, self._good_pace, self._grown_at = -math.inf, 0, math.inf, 0.
         self._left_at = math.inf  # when the last request ended
+        self._lately = deque(maxlen=10)  # whether the last ones were refused
         self._buckets = {kind: Bucket(kind != 'requests') for kind in _KINDS}
         self._lock, self._gates = threading.Lock(), PerLoop(lambda: (asyncio.Lock(), asyncio.Event()))
 
@@ -216,6 +217,7 @@ class RateControl:
         with self._lock:
             self.in_flight -= 1
             now = self._left_at = time.monotonic()
+            if refused or answered: self._lately.append(refused)
             if refused: self._shrink(turn, now, wait_s)
             elif answered: self._grow(now)
         for loop, (_, changed) in self._gates.items():
@@ -223,11 +225,16 @@ class RateControl:
 
     def _shrink(self, turn, now, wait_s):
         self.refusals += 1
+        if not self._in_numbers(): return
         self._not_before = max(self._not_before, now + (random.uniform(0, .5) if wait_s is None else wait_s))
         if turn.sent_at < self._cut_at: return  # sent before the cut: it is about the same excess
         self._slow_start, self.limit = False, max(1., .8*min(self.limit, self.in_flight + 1))
         if math.isinf(self._buckets['requests'].limit): self._find_pace(now, wait_s)
         self._cut_at, self._since_cut, self._grown_at = now, 0, now
+
+    def _in_numbers(self) -> bool:
+        "Whether this is a limit; a refusal now and then is a server in trouble, and only that request waits."
+        return len(self._lately) < 10 or sum(self._lately) >= 4
 
     def _find_pace(self, now, wait_s):
         "Without headers: since the last cut their bucket was empty, so what they let in meanwhile is their true pace."

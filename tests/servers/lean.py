@@ -1,6 +1,7 @@
-"""A fast and unreliable server of chat completions, for one process of its own: `python lean.py PORT ACCOUNT SEED`.
+"""A fast and unreliable server of chat completions, in a process of its own.
 
-It writes a line of JSON into ACCOUNT for each answer that was written whole, and ends at SIGTERM."""
+`python lean.py PORT ACCOUNT SEED [silent]`: a line of JSON goes into ACCOUNT for each answer that was written whole,
+and SIGTERM ends it. Where it is silent it tells nothing of its limits."""
 import asyncio
 import json
 import random
@@ -10,12 +11,15 @@ import sys
 
 LENGTH = re.compile(rb'content-length: *(\d+)', re.I)
 CHANCES = [('429', .05), ('500', .02), ('cut', .01), ('hang', .005)]
+LIMITS = b''.join(b'x-ratelimit-%s-requests: %s\r\n' % pair for pair in (
+    (b'limit', b'1000000'), (b'remaining', b'999000'), (b'reset', b'60ms')))  # far away, whatever the 429s say
 HEAD = b'HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n'
 
 
 class Server:
     "What all connections share."
-    def __init__(self, account, seed: int):
+    def __init__(self, account, seed: int, told: bytes):
+        self.told = told
         self.account, self.lots, self.open, self.ends = account, random.Random(seed), set(), False
         self.seed, self.number, self.counts = seed, 0, dict.fromkeys(['requests', *(k for k, _ in CHANCES)], 0)
 
@@ -54,7 +58,7 @@ class Connection(asyncio.Protocol):
         if self.server.ends or self.transport.is_closing(): return
         if kind in ('429', '500'):
             said = b'{"error": {"message": "not now", "type": "server_error"}}'
-            more = b'retry-after: 0\r\n' if kind == '429' else b''
+            more = self.server.told + b'retry-after: 0\r\n'*(kind == '429')
             return self.transport.write(HEAD % (int(kind), more, len(said)) + said)
         question = body['messages'][-1]['content']
         into, out = 10 + len(question) % 40, 5 + int(question.split()[1]) % 30
@@ -63,7 +67,7 @@ class Connection(asyncio.Protocol):
             'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': f'{number}: {question}'},
                          'finish_reason': 'stop'}],
             'usage': {'prompt_tokens': into, 'completion_tokens': out, 'total_tokens': into + out}}).encode()
-        whole = HEAD % (200, b'', len(said)) + said
+        whole = HEAD % (200, self.server.told, len(said)) + said
         if kind == 'cut':
             self.transport.write(whole[:-len(said)//2])
             return self.transport.close()
@@ -72,9 +76,9 @@ class Connection(asyncio.Protocol):
             self.server.account.write(json.dumps([question, number, into, out]) + '\n')
 
 
-async def main(port: int, account: str, seed: int):
+async def main(port: int, account: str, seed: int, told: bytes):
     with open(account, 'a') as f:
-        server, loop, stop = Server(f, seed), asyncio.get_running_loop(), asyncio.Event()
+        server, loop, stop = Server(f, seed, told), asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, stop.set)
         listening = await loop.create_server(lambda: Connection(server), '127.0.0.1', port, backlog=2048)
         print('ready', flush=True)
@@ -87,4 +91,5 @@ async def main(port: int, account: str, seed: int):
     print(json.dumps(server.counts), flush=True)
 
 
-if __name__ == '__main__': asyncio.run(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+if __name__ == '__main__':
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), LIMITS if sys.argv[4:] == [] else b''))
