@@ -82,17 +82,20 @@ class Tally:
             'requests_per_s': round(self.asked/s, 2), 'tokens_per_s': round(self.usage.completion_tokens/s, 2),
             **{n: dict(getattr(self, n)) for n in ('errors', 'finish_reasons', 'models', 'fingerprints')}}
 
-# %% ../nbs/03c_answers.ipynb #72b40aba
+# %% ../nbs/03c_answers.ipynb #b95f63d1
 _IN_MEMORY = 512  # answers
 
-def _remove(folder: str, pid: int, getpid=os.getpid, remove=shutil.rmtree) -> None:
-    if getpid() == pid: remove(folder, True)  # a forked child ends, and its parent goes on
+def _remove(folder: str, opened: list, pid: int, getpid=os.getpid, remove=shutil.rmtree) -> None:
+    if getpid() != pid: return  # a forked child ends, and its parent goes on
+    while opened: opened.pop().close()
+    remove(folder, True)
 
 class Spool:
     "Where the answers of a run are, on disk, in any order."
     def __init__(self, cache: Path):
         self.cache_path, self.folder = Path(cache).absolute(), tempfile.mkdtemp(prefix='llm-distill-')
-        weakref.finalize(self, _remove, self.folder, os.getpid())
+        self.open = []  # what has to be closed before the folder can go
+        weakref.finalize(self, _remove, self.folder, self.open, os.getpid())
         self.lock = threading.RLock()
         self._open()
         for table in ('''item (position integer primary key, row integer, top_k integer, new integer, sample integer,
@@ -103,6 +106,7 @@ class Spool:
     def _open(self) -> None:
         self.pid, self.cache = os.getpid(), None
         self.db = sqlite3.connect(Path(self.folder)/'run.db', isolation_level=None, check_same_thread=False)
+        self.open.append(self.db)
         for pragma in ('journal_mode=off', 'synchronous=off'): self.db.execute(f'pragma {pragma}')
 
     def ask(self, query: str, *values) -> list[tuple]:
@@ -144,7 +148,9 @@ class Spool:
         row, top_k, new, sample, asked = self.ask('select * from answer where rowid=?', i + 1)[0]
         messages, meta = pickle.loads(asked)
         with self.lock:
-            if self.cache is None: self.cache = TeacherCache(self.cache_path)
+            if self.cache is None:
+                self.cache = TeacherCache(self.cache_path)
+                self.open.append(self.cache)
         return Answer(messages, replace(self.cache.at(row, top_k).completion, cached=not new), meta, sample)
 
     def answers(self, tally: Tally, manifest: dict) -> 'Answers':
@@ -154,7 +160,7 @@ class Spool:
         few = len(self) <= _IN_MEMORY
         return Answers([self[i] for i in range(len(self))] if few else self, errors, tally, manifest)
 
-# %% ../nbs/03c_answers.ipynb #e501a59f
+# %% ../nbs/03c_answers.ipynb #bf797eaa
 class Shelf:
     "Things by key, some of them sent already."
     def __init__(self, spool: Spool):
@@ -172,6 +178,7 @@ class Shelf:
         what = self.get(key)
         self.ask('delete from shelf where key=?', key)
         return what
+    def any(self) -> bool: return bool(self.ask('select 1 from shelf limit 1'))
     def send(self, key: bytes) -> None: self.ask('update shelf set sent=1 where key=?', key)
     def unsend(self, key: bytes) -> None: self.ask('update shelf set sent=0 where key=?', key)
     def is_sent(self, key: bytes) -> bool: return bool(self.ask('select 1 from shelf where key=? and sent', key))

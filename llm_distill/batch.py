@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Job', 'Jobs', 'Batches']
 
-# %% ../nbs/03d_batch.ipynb #b54fed6f
+# %% ../nbs/03d_batch.ipynb #1d4e124b
 import asyncio
 import json
 import os
 import socket
 import tempfile
+import threading
 import time
 import uuid
 import weakref
@@ -27,7 +28,7 @@ from .teachers.asking import no_text
 from .teachers.batches import Look
 from .types import BudgetSpent, Completion, Event, NoText, TeacherError, TeacherRefused, TeacherTimeout, Usage
 
-# %% ../nbs/03d_batch.ipynb #3fdb91d9
+# %% ../nbs/03d_batch.ipynb #8db9df20
 @dataclass
 class Job:
     "A batch at the provider."
@@ -45,10 +46,12 @@ def _at_work(job: Job) -> bool:
     "Whether the process that has begun to send a job may still be at it."
     host, _, pid = job.sender.rpartition(' ')
     if job.sender == _me(): return job.name in _sending
-    if host != socket.gethostname(): return time.time() - job.created < 600
+    young = time.time() - job.created < 600
+    if host != socket.gethostname() or os.name == 'nt': return young
     try: os.kill(int(pid), 0)
+    except PermissionError: return young
     except (OSError, ValueError): return False
-    return True
+    return young  # by now it may be another process
 
 class Jobs:
     "The jobs of a cache's file."
@@ -105,7 +108,7 @@ class Jobs:
         while rows := self.cache.read(query, job.name, last):
             for (last,) in rows: yield last
 
-# %% ../nbs/03d_batch.ipynb #f35e2a05
+# %% ../nbs/03d_batch.ipynb #121e8187
 _CHUNK = 20_000, 100_000_000  # requests and bytes in one job at most, whatever the provider allows
 _MISSES = 20                  # looks that fail one after the other before the run gives up
 # What requests of open jobs may cost, by key, where the run that sent them has ended: it counts as spent until then.
@@ -123,7 +126,7 @@ class Batches:
         self.most = min(self.api.most_requests, _CHUNK[0]), min(self.api.most_bytes, _CHUNK[1])
         self.looks: dict[str, Look] = {}
         self.told: Event|None = None
-        self.misses = 0
+        self.misses, self.closed, self.lock = 0, False, threading.Lock()
 
     def attach(self, key: bytes, position: int, prompt: Prompt) -> bool: # False where nobody waits for it yet
         "Another question for a request that is known."
@@ -137,11 +140,12 @@ class Batches:
 
     async def finish(self) -> None:
         "Send what is there, and wait until all is answered; what a job leaves open is put aside for the run."
-        for job in self.jobs.open(): await self._take_up(job)
+        if self.shelf.any():
+            for job in self.jobs.open(): await self._take_up(job)
         pause = self.run.how.poll_s or 5.
         while True:
             full = await self._send_all()
-            if not await self._look_round():
+            if not (self.shelf.any() and await self._look_round()):
                 if not self._others_are_done(): continue
                 if full: raise full
                 return
@@ -155,8 +159,11 @@ class Batches:
             found = await self.api.lost(job.name, job.requests, job.created, self.jobs.known())
             if not found: return await self._give_up(job)
             await self.jobs.sent(job, found)
+        if self.budget is None: return
         with suppress(BudgetSpent):  # it is on its way, whatever is left
-            for key in self.jobs.keys(job): self._reserve(self.jobs.asked(job, key))
+            for key in self.jobs.keys(job):
+                self._reserve(self.jobs.asked(job, key))
+                await asyncio.sleep(0)
 
     async def _give_up(self, job: Job) -> None:
         "The job is not there; its requests go into another one."
@@ -214,8 +221,9 @@ class Batches:
     def _reserve(self, query: Query) -> bool:
         if self.budget is None or query.key in self.aside or query.key in self.parked: return True
         worst = self.teacher.worst(self.teacher.size(query.request), batch=True)
-        if not self.budget.reserve(worst): return False
-        self.aside[query.key] = worst
+        with self.lock:  # a file may still be written in a thread when the run has ended
+            if self.closed or not self.budget.reserve(worst): return False
+            self.aside[query.key] = worst
         return True
 
     def _settle(self, key: bytes, spent: float|None = 0.) -> None: # None: nobody knows, so what was reserved
@@ -225,9 +233,11 @@ class Batches:
 
     def close(self) -> None:
         "The run ends; its jobs may go on, and cost."
+        with self.lock: self.closed = True
         for key, usd in self.aside.items():
-            self.budget.settle(usd, usd)
-            self.parked[key] = usd
+            out = self.jobs.has(key)
+            self.budget.settle(usd, usd if out else 0.)
+            if out: self.parked[key] = usd
         self.aside = {}
 
     # Back
@@ -266,6 +276,7 @@ class Batches:
         for key in list(self.jobs.keys(job)):
             if (item := self.shelf.get(key)) and self.shelf.is_sent(key): self._online(item)
             self._settle(key)
+            await asyncio.sleep(0)
         await self.jobs.forget(job)
 
     async def _file(self, job: Job, name: str, said: Completion|TeacherError) -> bool: # Whether it is of this job

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['squeeze', 'expand', 'Kept', 'Place', 'TeacherCache']
 
-# %% ../nbs/03_cache.ipynb #318de180
+# %% ../nbs/03_cache.ipynb #9c2e0f9e
 import json
 import os
 import shutil
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .browse import Browser, Row
-from .database import Writer, connect, open_database, refuse
+from .database import Writer, check_drive, connect, open_database, refuse
 from .packing import TopK, Vocabulary, as_arrays, pack, unpack, unpack_all
 from .tables import atomically
 from .query import Query
@@ -161,7 +161,7 @@ class _Shelf:
         self._kept[teacher] = len(tokens)
         return blob
 
-# %% ../nbs/03_cache.ipynb #8b9742d1
+# %% ../nbs/03_cache.ipynb #1006f2d6
 class _File:
     "The file, its reader and its writer."
     def __init__(
@@ -193,7 +193,9 @@ class _File:
         self.read('select 1')  # is it open, and in this process?
         with self._lock:
             if self._writer is None:
-                self._write_shelf = _Shelf(connect(self.path, self.durability, self._journal))
+                try: self._write_shelf = _Shelf(connect(self.path, self.durability, self._journal))
+                except sqlite3.Error as e:
+                    raise CacheError(f'cannot write to {self.path} ({e}); what it held is safe') from e
                 self._writer = Writer(self.path, self._write_shelf.db, self._write_shelf.begin, self._write_shelf.undo)
             return self._writer.submit(job, now)
 
@@ -233,7 +235,7 @@ class _Keeping(_File):
             if len(waiting) >= 1000: new, waiting = new + sum(f.result()[1] for f in waiting), []
         return new + sum(f.result()[1] for f in waiting)
 
-# %% ../nbs/03_cache.ipynb #ada446b3
+# %% ../nbs/03_cache.ipynb #09a43875
 class Place(NamedTuple):
     "Where an answer is, and what can be said without reading it."
     row: int
@@ -285,12 +287,16 @@ class _Finding(_File):
     def __contains__(self, query: Query) -> bool: return self.find(query) is not None
     def __len__(self) -> int: return self.read('select count(*) from answer where not aside')[0][0]
 
-    def rows(self, newest_first: bool = False, model: str|None = None) -> Iterator[Kept]: # Of one model, or of all
+    def rows(
+        self, newest_first: bool = False,
+        model: str|None = None,  # Of one model alone
+        aside: bool = False,     # Those put aside as well
+    ) -> Iterator[Kept]:
         "All that is kept, a few at a time."
         sign, order, last = ('<', 'desc', 2**62) if newest_first else ('>', 'asc', -1)
         while ids := self.read(f'''select answer.id from answer join teacher on teacher.id = answer.teacher
-                where not aside and answer.id{sign}? and (? is null or model=?)
-                order by answer.id {order} limit 200''', last, model, model):
+                where aside<=? and answer.id{sign}? and (? is null or model=?)
+                order by answer.id {order} limit 200''', aside, last, model, model):
             for (last,) in ids: yield self.at(last)
 
     def __iter__(self) -> Iterator[Kept]: return self.rows()
@@ -307,7 +313,7 @@ class _Finding(_File):
                 yield ids, self._vocabulary(teacher, arrays), arrays, begins
                 last = ids[-1]
 
-# %% ../nbs/03_cache.ipynb #7bfdc070
+# %% ../nbs/03_cache.ipynb #30eeae1e
 _COUNTS = '''select model, endpoint, count(*), sum(prompt_tokens), sum(completion_tokens), sum(usd), sum(usd is null),
     sum(refused), sum(aside), sum(logprobs is not null)
     from answer join teacher on teacher.id = answer.teacher group by teacher.id'''
@@ -342,13 +348,17 @@ class TeacherCache(_Keeping, _Finding):
 
     def merge(self, other: 'TeacherCache|str|Path') -> int: # How many answers were new here
         "Take over what another cache holds."
-        if isinstance(other, TeacherCache): return self.add_all(other.rows())
+        if isinstance(other, TeacherCache): return self.add_all(other.rows(aside=True))
         if not Path(other).exists(): raise CacheError(f'there is no cache at {other}')
-        with tempfile.TemporaryDirectory() as folder:  # it may lie on a drive where no database can be opened
-            copy = Path(folder)/'copy.db'
-            for end in ('', '-wal'):
-                if Path(f'{other}{end}').exists(): shutil.copyfile(f'{other}{end}', f'{copy}{end}')
-            with TeacherCache(copy) as there: return self.add_all(there.rows())
+        try:
+            with TeacherCache(other) as there: return self.merge(there)
+        except CacheError:
+            try: check_drive(Path(other))
+            except CacheError: pass
+            else: raise
+        with tempfile.TemporaryDirectory() as folder:  # it lies on a drive where no database can be opened
+            shutil.copyfile(other, Path(folder)/'copy.db')
+            with TeacherCache(Path(folder)/'copy.db') as there: return self.merge(there)
 
     def copy_to(self, path: str|Path) -> Path: # Where the copy is
         "A copy of the whole file as it is now, wherever a plain file may lie, e.g. on a network drive."

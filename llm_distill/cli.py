@@ -30,7 +30,7 @@ def _serve(args) -> None:
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready)
 
-# %% ../nbs/14_cli.ipynb #677470b1
+# %% ../nbs/14_cli.ipynb #07ac92fb
 _TEACHER = ('provider', 'model', 'base_url', 'timeout', 'config')
 _PARAMS = ('max_tokens', 'temperature', 'top_p', 'seed', 'logprobs')
 _RUN = ('system_prompt', 'column', 'n', 'concurrency', 'budget', 'on_error', 'mode', 'poll_s', 'offline', 'keep_cut')
@@ -38,7 +38,7 @@ _TOLD = ('prompts', 'param', *_TEACHER, *_PARAMS, *_RUN)
 
 def _told(args) -> dict:
     "What the command line says, and for the rest what the run before was told."
-    told = {k: v for k, v in vars(args).items() if k in _TOLD and v not in (None, False)}
+    told = {k: v for k, v in vars(args).items() if k in _TOLD and v is not None and v is not False}
     before = Path(args.out)/'run.json'
     if not args.resume: return told
     try: return json.loads(before.read_text(encoding='utf-8')) | told
@@ -65,7 +65,7 @@ def _collect(args) -> int:
     params, source = _params(told), told['prompts']
     with create_teacher(**{k: told[k] for k in _TEACHER if k in told}) as teacher:
         how = {k: told[k] for k in _RUN if k in told}
-        planned = {k: how[k] for k in ('system_prompt', 'column', 'n', 'mode') if k in how}
+        planned = {k: how[k] for k in ('system_prompt', 'column', 'n', 'mode', 'keep_cut') if k in how}
         known = 'max_tokens' in params or 'max_tokens' in teacher.defaults
         plan = outlook(source, teacher, cache, **planned, **params) if args.estimate_only or known else None
         if plan: print(plan, flush=True)

@@ -125,7 +125,7 @@ def _wait(future) -> None:
 
 collect.__signature__ = inspect.signature(acollect)
 
-# %% ../nbs/04_collect.ipynb #9afecce8
+# %% ../nbs/04_collect.ipynb #f17f3ab8
 @dataclass(frozen=True)
 class Outlook:
     "What a run would do."
@@ -161,7 +161,8 @@ def outlook(
             for sample in range(how.n):
                 try: query = how.query(teacher, prompt.messages, sample)
                 except (BadInput, AttributeError): counts['wrong'] += 1; continue
-                kind = 'equal' if query.key in seen else 'from_cache' if store and query in store else 'asked'
+                there = store and store.find(query, how.keep_cut)
+                kind = 'equal' if query.key in seen else 'from_cache' if there else 'asked'
                 counts[kind] += 1
                 if kind == 'asked': missing.append(prompt.messages)
                 seen.add(query.key)

@@ -151,7 +151,7 @@ def _bring_up(db, application, tables, migrations) -> None:
         db.execute('rollback')
         raise
 
-# %% ../nbs/02b_database.ipynb #4435109b
+# %% ../nbs/02b_database.ipynb #be19a425
 _LINGER = .02   # seconds that a patient job waits for company
 _MOST = 500     # jobs in a commit
 
@@ -165,7 +165,7 @@ class Writer:
         undo: Callable[[], None] = lambda: None,   # Called when a commit has failed
     ):
         self.path, self.db, self._begin, self._undo = path, db, begin, undo
-        self._queue, self._closed = queue.SimpleQueue(), False
+        self._queue, self._closed, self._lock = queue.SimpleQueue(), False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name='llm_distill writer', daemon=True)
         self._thread.start()
 
@@ -176,8 +176,9 @@ class Writer:
     ) -> Future:                                     # Done when the job is committed; raises `CacheError` if it is not
         future = Future()
         future.set_running_or_notify_cancel()  # what was handed over is done, whoever stops waiting for it
-        if self._closed: raise CacheError(f'{self.path} was closed; open it again')
-        self._queue.put((job, future, now))
+        with self._lock:
+            if self._closed: raise CacheError(f'{self.path} was closed; open it again')
+            self._queue.put((job, future, now))
         return future
 
     def _run(self) -> None:
@@ -216,8 +217,9 @@ class Writer:
 
     def close(self) -> None:
         "Finish what was submitted."
-        if not self._closed:
+        with self._lock:
+            if self._closed: return
             self._closed = True
             self._queue.put(None)
-            self._thread.join()
-            self.db.close()
+        self._thread.join()
+        self.db.close()

@@ -97,13 +97,16 @@ def _place(row: list, token) -> int|None:
     try: return row.index(token)
     except ValueError: return None
 
-# %% ../nbs/02a_packing.ipynb #9dbd69a0
+# %% ../nbs/02a_packing.ipynb #af12dd1b
 _HEAD = struct.Struct('<BBHII')          # version, flags, k, T, number of tokens apart
 _VERSION, _WIDE, _RAGGED = 2, 1, 2       # flags: numbers beyond 16 bits; rows of different length
 _APART = 2**16 - 1                       # place of a token that is not in its row, or has another log-probability there
 
 def _halves(numbers: np.ndarray) -> np.ndarray: # The lower 16 bits, then the higher ones
     return np.stack([numbers & 0xffff, numbers >> 16]).astype('<u2')
+
+def _bits(values: np.ndarray) -> np.ndarray: # Of float16; what is beyond its range becomes infinite
+    with np.errstate(over='ignore'): return values.astype('<f2').view('<u2')
 
 def pack(
     arrays: TopK,  # k below 65,535
@@ -113,15 +116,15 @@ def pack(
     low, high = _halves(arrays.numbers.T)
     sizes = (arrays.numbers >= 0).sum(1)
     wide, ragged = bool((high[arrays.numbers.T >= 0]).any()), bool((sizes < k).any())
-    bits = arrays.logprobs.astype('<f2').T.copy().view('<u2')
+    bits = _bits(arrays.logprobs).T
     same = (arrays.numbers == arrays.chosen[:, None]) & (arrays.logprobs == arrays.chosen_logprobs[:, None])
     place = np.where(same.any(1), same.argmax(1), _APART) if k else np.full(length, _APART)
-    with np.errstate(divide='ignore'): tail = np.log(arrays.tail).astype('<f2').view('<u2')
+    with np.errstate(divide='ignore'): tail = _bits(np.log(arrays.tail))
     rows = [low, *([high] if wide else []), bits[:1], bits[1:] - bits[:-1], tail[None], place.astype('<u2')[None],
             *([sizes.astype('<u2')[None]] if ragged else [])]
     apart = place == _APART
     others = np.concatenate([_halves(arrays.chosen[apart]),
-                             arrays.chosen_logprobs[apart].astype('<f2').view('<u2')[None]])
+                             _bits(arrays.chosen_logprobs[apart])[None]])
     words = np.concatenate([np.concatenate(rows).ravel(), others.ravel()])
     head = _HEAD.pack(_VERSION, wide*_WIDE | ragged*_RAGGED, k, length, apart.sum())
     low, high = words.view(np.uint8).reshape(-1, 2).T

@@ -26,7 +26,7 @@ from .teachers.base import Teacher
 from .types import (BadInput, BadReply, BudgetSpent, Completion, DistillError, Event, MissingKey, NotCached,
                                NotGiven, NoText, QuotaSpent, TeacherError, TeacherRefused, TeacherTimeout)
 
-# %% ../nbs/03e_run.ipynb #7e1df257
+# %% ../nbs/03e_run.ipynb #cd601dcf
 @dataclass
 class Settings:
     "How to collect; `acollect` says what each means."
@@ -65,10 +65,12 @@ class Settings:
         if logprobs and 'top_logprobs' not in teacher.gives:
             raise BadInput(f'{teacher} gives no logprobs; leave logprobs out, and the student learns from the text')
         sample = self.query(teacher, [{'role': 'user', 'content': 'Hello'}], 0)
-        if not self.offline: teacher.check_budget(teacher.size(sample.request))
+        if not self.offline and teacher.budget is not None:
+            teacher.check_budget(teacher.size(sample.request))
+            teacher.worst(teacher.size(sample.request))  # raises where nobody knows the price
         if self.mode == 'batch': teacher.batch_api()
 
-# %% ../nbs/03e_run.ipynb #6d4d1699
+# %% ../nbs/03e_run.ipynb #92ced36d
 @dataclass
 class Item:
     "A request, and all the questions that wait for its answer."
@@ -120,7 +122,7 @@ class Run:
 
     async def _course(self) -> None:
         "All prompts, then what failed and may pass."
-        self.batches = Batches(self) if self.how.mode == 'batch' else None
+        self.batches = Batches(self) if self.how.mode == 'batch' and not self.how.offline else None
         await self._feed()
         full = None
         if self.batches:
@@ -190,7 +192,7 @@ class Run:
             self.items[query.key].waiting.append((position, prompt))
         elif self.batches and self.batches.attach(query.key, position, prompt): self.tally.equal += 1
         elif not self.found(item := Item(query, [(position, prompt)])):
-            if self.how.offline: raise _not_cached(prompt, self.cache.path)
+            if self.how.offline: raise _not_cached(prompt, self.cache, query)
             if self.batches: self.batches.add(item)
             else: await self.ask_online(item)
 
@@ -243,8 +245,9 @@ class Run:
         self.tally.count(said, usd)
         aside = said.cut and not self.how.keep_cut
         self.tally.cut += aside
+        future = self.cache.put_later(item.query, said, usd, aside)
         self.unkept += 1
-        self.cache.put_later(item.query, said, usd, aside).add_done_callback(lambda f: self._kept(item, said, f))
+        future.add_done_callback(lambda f: self._kept(item, said, f))
         while self.unkept >= _UNKEPT: self.room.clear(); await self.room.wait()
 
     def _usd(self, said, batch) -> float|None:
@@ -338,9 +341,12 @@ class Run:
         if not len(answers) and self.first_error: raise self.first_error
         return answers
 
-# %% ../nbs/03e_run.ipynb #029fe2b5
-def _not_cached(prompt: Prompt, path) -> NotCached:
-    words = prompt.messages[-1]['content']
+# %% ../nbs/03e_run.ipynb #4e355d4d
+def _not_cached(prompt: Prompt, cache: TeacherCache, query: Query) -> NotCached:
+    words, path = prompt.messages[-1]['content'], cache.path
+    if cache.find(query, aside=True):
+        return NotCached(f'{path} has an answer to {words[:80]!r} that was cut at max_tokens; '
+                         'pass keep_cut=True to take it')
     return NotCached(f'{path} has no answer to this request: {words[:80]!r}{"..."*(len(words) > 80)}; '
                      'run once without offline=True, and with the same parameters')
 

@@ -77,7 +77,12 @@ def read_rows(
         raise BadInput(f'rows come from a file, a Dataset, a list or an iterator, not from {type(source).__name__}')
     yield from ((f'row {i}', row) for i, row in enumerate(source, 1))
 
-# %% ../nbs/02c_tables.ipynb #c20cdd73
+# %% ../nbs/02c_tables.ipynb #b7d7ae2e
+def _umask() -> int: # There is no way to read it but to set it
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
 @contextmanager
 def atomically(path: str|Path, mode: str = 'w'): # A file to write to; raises `BadInput` where nothing can be written
     "A reader sees the old file or the new one, never half of it."
@@ -88,7 +93,7 @@ def atomically(path: str|Path, mode: str = 'w'): # A file to write to; raises `B
         with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f'.{path.name}-', delete=False, **text) as f:
             temp = f.name
             yield f
-        os.chmod(temp, 0o644)
+        os.chmod(temp, 0o666 & ~_umask())
         os.replace(temp, path)
     except OSError as e: raise BadInput(f'cannot write {path} ({e}); choose another place') from e
     finally:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Look', 'BatchApi', 'OpenAIBatches', 'AnthropicBatches']
 
-# %% ../../nbs/02_teachers.batches.ipynb #3bcba3db
+# %% ../../nbs/02_teachers.batches.ipynb #2306f78a
 import asyncio
 import json
+import logging
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
@@ -21,7 +22,9 @@ from msgspec import Raw, Struct
 from .wire import refusal
 from ..types import BadReply, Completion, TeacherBusy, TeacherError, TeacherTimeout
 
-# %% ../../nbs/02_teachers.batches.ipynb #ce091535
+# %% ../../nbs/02_teachers.batches.ipynb #38f51565
+_log = logging.getLogger('llm_distill')
+
 @dataclass(frozen=True)
 class Look:
     "How far a job is."
@@ -71,7 +74,10 @@ class BatchApi(ABC):
             await self.patiently(fetch)
             file.seek(0)
             for line in file:
-                if line.strip(): yield self.read(line)
+                if not line.strip(): continue
+                try: result = self.read(line)
+                except BadReply as e: _log.warning('%s', e)  # a line that nobody can read is an answer that is missing
+                else: yield result
 
     async def submit(
         self,
@@ -94,14 +100,14 @@ class BatchApi(ABC):
         found = await self.patiently(lambda: self.find(name, requests, since))
         return next((job for job in found if job not in known), None)
 
-# %% ../../nbs/02_teachers.batches.ipynb #634010f2
+# %% ../../nbs/02_teachers.batches.ipynb #7b6acdfc
 class _Answer(Struct):
     status_code: int = 0
     body: Raw = Raw(b'null')
 
 class _Error(Struct):
-    code: str|None = None
-    message: str|None = None
+    code: object = None
+    message: object = None
 
 class _Line(Struct):
     custom_id: str

@@ -137,7 +137,7 @@ class Bucket:
         if any(e is entry for e in self.sent): self.ours -= entry[1]
         entry[1] = 0.
 
-# %% ../../nbs/02_teachers.rate.ipynb #ae9087dc
+# %% ../../nbs/02_teachers.rate.ipynb #ad3951f0
 @dataclass
 class Turn:
     "A request that was let through."
@@ -150,7 +150,7 @@ class RateControl:
     def __init__(
         self,
         concurrency: int = 512, # Requests in flight at most
-        start: int = 8,         # Requests in flight before the first answer
+        start: int = 16,        # Requests in flight before the first answer
     ):
         self.concurrency, self.limit, self.in_flight = concurrency, float(min(start, concurrency)), 0
         self.pace, self.refusals = math.inf, 0
