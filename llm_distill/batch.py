@@ -108,7 +108,7 @@ class Jobs:
         while rows := self.cache.read(query, job.name, last):
             for (last,) in rows: yield last
 
-# %% ../nbs/03d_batch.ipynb #121e8187
+# %% ../nbs/03d_batch.ipynb #ea7020a7
 _CHUNK = 20_000, 100_000_000  # requests and bytes in one job at most, whatever the provider allows
 _MISSES = 20                  # looks that fail one after the other before the run gives up
 # What requests of open jobs may cost, by key, where the run that sent them has ended: it counts as spent until then.
@@ -145,10 +145,13 @@ class Batches:
         pause = self.run.how.poll_s or 5.
         while True:
             full = await self._send_all()
-            if not (self.shelf.any() and await self._look_round()):
+            jobs = self.jobs.open() if self.shelf.any() else []
+            if not jobs:
                 if not self._others_are_done(): continue
                 if full: raise full
                 return
+            await self._look_round(jobs)
+            if not self.jobs.open(): continue  # what has ended may have left money for the rest
             await asyncio.sleep(pause)
             if self.run.how.poll_s is None: pause = min(60., 1.5*pause)
 
@@ -242,9 +245,9 @@ class Batches:
 
     # Back
 
-    async def _look_round(self) -> bool: # Whether to wait for more
+    async def _look_round(self, jobs: list[Job]) -> None:
         "File the jobs that have ended."
-        for job in (jobs := self.jobs.open()):
+        for job in jobs:
             if job.id is None: await self._take_up(job)
             if job.id is None: continue
             try:
@@ -253,7 +256,6 @@ class Batches:
                 if look.ended: await self._collect(job, look)
                 self.misses = 0
             except TeacherError as e: await self._missed(job, e)
-        return bool(jobs)
 
     async def _missed(self, job: Job, error: TeacherError) -> None:
         "A look that failed: a day is long, and providers have bad minutes."

@@ -70,7 +70,7 @@ class Settings:
             teacher.worst(teacher.size(sample.request))  # raises where nobody knows the price
         if self.mode == 'batch': teacher.batch_api()
 
-# %% ../nbs/03e_run.ipynb #92ced36d
+# %% ../nbs/03e_run.ipynb #1b2869fa
 @dataclass
 class Item:
     "A request, and all the questions that wait for its answer."
@@ -333,10 +333,10 @@ class Run:
     def note(self, words: str) -> None: self.notes.append(words) # For a warning at the end
 
     def _result(self) -> Answers:
-        if not self.tally.stopped:
-            for item in self.spool.take_later(): self._fail(item, item.error)
         if isinstance(self.error, Exception): raise self.error
         if self.error: return None  # an exit, which would end the loop: the caller raises it
+        if not self.tally.stopped:
+            for item in self.spool.take_later(): self._fail(item, item.error)
         answers = self.spool.answers(self.tally, self.teacher.manifest())
         if not len(answers) and self.first_error: raise self.first_error
         return answers
