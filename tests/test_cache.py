@@ -297,13 +297,14 @@ def test_a_fork_reads_and_writes_and_its_end_harms_nobody(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_a_fork_while_another_thread_reads(tmp_path):
-    long = 'with recursive c(x) as (select 1 union all select x+1 from c where x<4000000) select count(*) from c'
+def test_a_fork_while_another_thread_has_its_turn(tmp_path):
     with TeacherCache(tmp_path/'a.db') as cache:
-        thread = threading.Thread(target=cache.read, args=(long,))
+        def has_its_turn():
+            with cache._lock: time.sleep(1)
+        thread = threading.Thread(target=has_its_turn)
         thread.start()
-        time.sleep(.05)
-        status = child(lambda: len(cache), seconds=3)
+        time.sleep(.1)
+        status = child(lambda: len(cache), seconds=20)  # it inherits the lock, taken by a thread that it does not have
         thread.join()
         assert status == 0
 
