@@ -161,7 +161,7 @@ class _Shelf:
         self._kept[teacher] = len(tokens)
         return blob
 
-# %% ../nbs/03_cache.ipynb #1006f2d6
+# %% ../nbs/03_cache.ipynb #6fabbb22
 class _File:
     "The file, its reader and its writer."
     def __init__(
@@ -190,7 +190,7 @@ class _File:
             except sqlite3.DatabaseError as e: raise refuse(self.path, f'damaged ({e})') from e
 
     def write(self, job, now: bool) -> Future: # `job` gets the connection
-        self.read('select 1')  # is it open, and in this process?
+        if self._writer is None or os.getpid() != self._pid: self.read('select 1')  # is it open, and in this process?
         with self._lock:
             if self._writer is None:
                 try: self._write_shelf = _Shelf(connect(self.path, self.durability, self._journal))
@@ -235,7 +235,7 @@ class _Keeping(_File):
             if len(waiting) >= 1000: new, waiting = new + sum(f.result()[1] for f in waiting), []
         return new + sum(f.result()[1] for f in waiting)
 
-# %% ../nbs/03_cache.ipynb #09a43875
+# %% ../nbs/03_cache.ipynb #5a343352
 class Place(NamedTuple):
     "Where an answer is, and what can be said without reading it."
     row: int
@@ -250,9 +250,8 @@ class _Finding(_File):
     "The part of a cache that gives."
     def find(self, query: Query, aside: bool = False) -> Place|None: # None where nobody has asked
         "Where the answer to a request is, one that was put aside included if so wanted."
-        found = self.read(f'{_PLACE} key=? and not aside', query.key) or self.read(
-            f'{_PLACE} family=? and top_k>=? and aside<=? order by aside, top_k limit 1',
-            query.family, query.top_k, aside)
+        found = self.read(f'{_PLACE} family=? and top_k>=? and aside<=? order by aside, top_k, key<>? limit 1',
+                          query.family, query.top_k, aside, query.key)
         if not found: return None
         row, finish, refused, put_aside, created = found[0]
         return Place(row, finish, bool(refused), bool(put_aside), created)

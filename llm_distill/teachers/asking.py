@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flight', 'Stats', 'Size', 'request_size', 'Flight', 'TermsNotice', 'Asking', 'no_text']
 
-# %% ../../nbs/02_teachers.asking.ipynb #d081a059
+# %% ../../nbs/02_teachers.asking.ipynb #25364768
 import asyncio
 import json
 import logging
@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from urllib.parse import urlsplit
 
 from ..pricing import Budget, Price, find_price, training_terms
+from .background import timeout
 from .keys import ApiKey
 from .rate import RateControl, Turn
 from ..types import BadInput, Completion, NoText, TeacherBusy, TeacherError, TeacherTimeout, Usage
@@ -64,7 +65,7 @@ def request_size(
     answers = max(request.get('n') or 1, request.get('best_of') or 1)
     return Size(prompt, None if longest is None else longest*answers)
 
-# %% ../../nbs/02_teachers.asking.ipynb #5fc16308
+# %% ../../nbs/02_teachers.asking.ipynb #e93c8131
 @dataclass
 class Flight:
     "How far a request is, and whether it may be tried again; for whoever sends many and has to stop."
@@ -202,7 +203,8 @@ class Asking:
     async def _fly(self, attempt) -> Completion:
         here = flight.get() or Flight()
         here.on_its_way = True
-        try: return await asyncio.wait_for(attempt(), self.timeout)
+        try:
+            async with timeout(self.timeout): return await attempt()
         finally: here.on_its_way = False
 
     def _expected(self, size: Size) -> float: # Tokens

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['until', 'read_limits', 'Bucket', 'Turn', 'RateControl']
 
-# %% ../../nbs/02_teachers.rate.ipynb #ac949dff
+# %% ../../nbs/02_teachers.rate.ipynb #58055058
 import asyncio
 import logging
 import math
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 
-from .background import PerLoop
+from .background import PerLoop, loop_here
 from ..types import TeacherBusy
 
 # %% ../../nbs/02_teachers.rate.ipynb #3fe32dd7
@@ -42,25 +42,27 @@ def until(
     if value > 1e12: value /= 1000
     return max(0., value - now) if value > 1e9 else value
 
-# %% ../../nbs/02_teachers.rate.ipynb #6c4e1348
+# %% ../../nbs/02_teachers.rate.ipynb #b3f63003
 _KINDS = {  # what is counted, and how providers call it
     'requests': ('x-ratelimit-{}-requests', 'anthropic-ratelimit-requests-{}', 'x-ratelimit-{}'),
     'tokens': ('x-ratelimit-{}-tokens',),
     'input': ('anthropic-ratelimit-input-tokens-{}', 'x-ratelimit-{}-input-tokens'),
     'output': ('anthropic-ratelimit-output-tokens-{}', 'x-ratelimit-{}-output-tokens')}
+_HEADERS = [(kind, [name.format(word) for word in ('limit', 'remaining', 'reset')])
+            for kind, names in _KINDS.items() for name in names]
 
 def read_limits(
     headers, # With lower-case names
 ) -> dict[str, tuple[float, float, float]]: # For each kind: limit, what remains, seconds until all is back
     "What a reply's headers say about limits."
     found = {}
-    for kind, names in _KINDS.items():
-        for name in names:
-            said = [headers.get(name.format(word)) for word in ('limit', 'remaining', 'reset')]
-            if None in said: continue
-            try: limit, remaining, reset = float(said[0]), float(said[1]), until(said[2])
-            except ValueError: continue
-            if limit > 0 and reset is not None: found[kind] = limit, remaining, reset; break
+    for kind, names in _HEADERS:
+        if kind in found or names[0] not in headers: continue
+        said = [headers.get(name) for name in names]
+        if None in said: continue
+        try: limit, remaining, reset = float(said[0]), float(said[1]), until(said[2])
+        except ValueError: continue
+        if limit > 0 and reset is not None: found[kind] = limit, remaining, reset
     return found
 
 # %% ../../nbs/02_teachers.rate.ipynb #14372fe3
@@ -137,7 +139,7 @@ class Bucket:
         if any(e is entry for e in self.sent): self.ours -= entry[1]
         entry[1] = 0.
 
-# %% ../../nbs/02_teachers.rate.ipynb #ad3951f0
+# %% ../../nbs/02_teachers.rate.ipynb #66dd739f
 @dataclass
 class Turn:
     "A request that was let through."
@@ -214,6 +216,7 @@ class RateControl:
         wait_s: float|None = None,   # What the provider asked to wait
     ) -> None:
         "A request has ended."
+        here = loop_here()
         with self._lock:
             self.in_flight -= 1
             now = self._left_at = time.monotonic()
@@ -221,6 +224,7 @@ class RateControl:
             if refused: self._shrink(turn, now, wait_s)
             elif answered: self._grow(now)
         for loop, (_, changed) in self._gates.items():
+            if loop is here: changed.set(); continue  # without the socket that would wake it
             with suppress(RuntimeError): loop.call_soon_threadsafe(changed.set)  # a loop may end at any moment
 
     def _shrink(self, turn, now, wait_s):

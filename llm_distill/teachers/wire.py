@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'retry_after', 'refusal', 'sdk_client', 'Wire', 'Wired']
 
-# %% ../../nbs/02_teachers.wire.ipynb #bd180003
+# %% ../../nbs/02_teachers.wire.ipynb #f2a8f8be
 import asyncio
 import gc
 import importlib
@@ -18,9 +18,10 @@ from concurrent.futures import wait
 from contextlib import suppress
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import cache
 from urllib.parse import urlsplit
 
-from .background import PerLoop
+from .background import PerLoop, loop_here
 from .http import Connections, late, on_this_machine
 from .keys import ApiKey, scrub_logs
 from ..types import (BadInput, BadReply, QuotaSpent, TeacherBusy, TeacherError, TeacherRefused,
@@ -130,24 +131,37 @@ def sdk_client(
     return getattr(module, client)(base_url=base_url, api_key='-', max_retries=0, timeout=timeout,
                                    http_client=getattr(module, http)(**hooks))
 
-# %% ../../nbs/02_teachers.wire.ipynb #8d8b5cec
+# %% ../../nbs/02_teachers.wire.ipynb #53518494
 def _parsed(data: bytes):
     "The body of a refusal: JSON, or text."
     try: return json.loads(data)
     except ValueError: return data.decode('utf-8', 'replace')
 
+@cache
+def _headers(sdk: str) -> dict[str, str]:
+    "What the SDK sends along with each request; its client here has no key and sends nothing."
+    module, name = _load(sdk), 'AsyncOpenAI' if sdk == 'openai' else 'AsyncAnthropic'
+    client = getattr(module, name)(api_key='-', base_url='http://127.0.0.1',
+                                   http_client=_http(module).AsyncClient(transport=_http(module).MockTransport(None)))
+    return {k: v for k, v in client.default_headers.items()
+            if isinstance(v, str) and k.lower() not in ('authorization', 'x-api-key')}
+
 class _Open:
-    "What is open from one event loop: the SDK's client, and connections that speak as it does."
+    "What is open from one event loop: connections that speak as the SDK does, and its client where it is needed."
     def __init__(self, wire):
-        self.client, sdk = sdk_client(wire.sdk, wire.url, wire.key, wire.timeout, True), _load(wire.sdk)
-        headers = {k: v for k, v in self.client.default_headers.items()
-                   if isinstance(v, str) and k.lower() not in ('authorization', 'x-api-key')}
-        trust = _http(sdk).create_ssl_context() if wire.url.startswith('https:') else None
-        self.connections = Connections(wire.url, wire.key, headers, trust, wire.timeout)
+        trust = _http(_load(wire.sdk)).create_ssl_context() if wire.url.startswith('https:') else None
+        self.wire, self.sdk_client = wire, None
+        self.connections = Connections(wire.url, wire.key, _headers(wire.sdk), trust, wire.timeout)
+
+    @property
+    def client(self):
+        if self.sdk_client is None:  # it takes 0.1 s to make
+            self.sdk_client = sdk_client(self.wire.sdk, self.wire.url, self.wire.key, self.wire.timeout, True)
+        return self.sdk_client
 
     async def close(self) -> None:
         await self.connections.close()
-        await self.client.close()
+        if self.sdk_client is not None: await self.sdk_client.close()
 
     def let_go(self) -> None: self.connections.let_go()
 
@@ -220,7 +234,7 @@ class Wire:
             found = self._open.pop(loop)
             if found is None: continue
             if loop.is_closed(): found.let_go(); self._open.dropped += 1
-            elif loop is _running_loop(): _drive(found.close())
+            elif loop is loop_here(): _drive(found.close())
             elif loop.is_running(): wait([asyncio.run_coroutine_threadsafe(found.close(), loop)], 5)
         found = None
         if not self._open.dropped: return
@@ -235,10 +249,6 @@ class Wire:
 
     def __getstate__(self): return {k: v for k, v in vars(self).items() if k != '_open'}
     def __setstate__(self, state): vars(self).update(state, _open=PerLoop(lambda: _Open(self)))
-
-def _running_loop():
-    try: return asyncio.get_running_loop()
-    except RuntimeError: return None
 
 def _drive(coroutine) -> None:
     "Run a coroutine that gives way now and then but waits for nothing, where nobody can await it."

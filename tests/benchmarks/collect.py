@@ -70,8 +70,20 @@ def replies() -> tuple[list[bytes], list[bytes]]: # Text of 1 KB, and tokens wit
     return plain, rich
 
 
+class Clock:
+    "Waits that last `LATENCY` on average; a plain sleep lasts up to 10 ms longer on a shared machine."
+    def __init__(self): self.late, self.waited, self.waits = 0., 0., 0
+
+    async def wait(self):
+        began = time.perf_counter()
+        await asyncio.sleep(LATENCY - self.late)
+        took = time.perf_counter() - began
+        self.late = min(LATENCY/4, max(0., self.late + (took - LATENCY)/50))
+        self.waited, self.waits = self.waited + took, self.waits + 1
+
+
 def make_app():
-    plain, rich = replies()
+    (plain, rich), clock = replies(), Clock()
     limits = [(f'x-ratelimit-{word}-{kind}'.encode(), value) for kind in ('requests', 'tokens')
               for word, value in (('limit', b'100000000'), ('remaining', b'99999999'), ('reset', b'6ms'))]
     async def app(scope, receive, send):
@@ -80,12 +92,12 @@ def make_app():
         while more:
             part = await receive()
             body, more = body + part.get('body', b''), part.get('more_body')
-        data = b'%f' % time.process_time()
+        data = json.dumps([time.process_time(), clock.waited, clock.waits]).encode()
         if scope['method'] == 'POST':
             asked = json.loads(body)
             which = zlib.crc32(json.dumps(asked.get('messages')).encode()) % REPLIES
             data = (rich if asked.get('logprobs') else plain)[which]
-            await asyncio.sleep(LATENCY)
+            await clock.wait()
         headers = [(b'content-type', b'application/json'), (b'content-length', str(len(data)).encode()), *limits]
         await send({'type': 'http.response.start', 'status': 200, 'headers': headers})
         await send({'type': 'http.response.body', 'body': data})
@@ -240,16 +252,16 @@ def start_server(pythons) -> tuple[subprocess.Popen, int, str]:
     raise SystemExit('the server did not start')
 
 
-def server_cpu(port) -> float:
+def server_state(port) -> list: # CPU seconds, seconds waited over answers, and answers
     link = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
     link.request('GET', '/')
-    try: return float(link.getresponse().read())
+    try: return json.loads(link.getresponse().read())
     finally: link.close()
 
 
 def measure(python, name, port, setting, requests, limit) -> dict|str:
     concurrency, logprobs = setting
-    before = server_cpu(port)
+    before = server_state(port)
     job = [name, f'http://127.0.0.1:{port}/v1', requests, concurrency, logprobs]
     client = child(python, '--client', json.dumps(job), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try: out, err = client.communicate(timeout=limit)
@@ -259,7 +271,8 @@ def measure(python, name, port, setting, requests, limit) -> dict|str:
         return f'failed: not done after {limit} s'
     if client.returncode: return 'failed: ' + (err.strip().splitlines() or [f'status {client.returncode}'])[-1][:160]
     found = json.loads(out.splitlines()[-1])
-    found['server_busy'] = (server_cpu(port) - before)/found['seconds']
+    cpu, waited, waits = (b - a for a, b in zip(before, server_state(port)))
+    found |= {'server_busy': cpu/found['seconds'], 'latency_ms': waited/waits*1e3}
     return found
 
 
@@ -305,13 +318,15 @@ def rounded(found):
 
 
 def show(found, settings) -> None:
-    print(f'{"":12} {"":12} {"requests/s":>10} {"of ideal":>9} {"CPU/request":>12} {"peak":>8} {"server busy":>12}')
+    print(f'{"":12} {"":12} {"requests/s":>10} {"of ideal":>9} {"CPU/request":>12} {"peak":>8} {"server: busy":>13} '
+          f'{"latency":>11}')
     for label in settings:
         for name, results in {'ours': found['ours'], **found['peers']}.items():
             r = results if isinstance(results, str) else results.get(label)
             if isinstance(r, str): print(f'{label:12} {name:12} {r}')
             if isinstance(r, dict): print(f'{label:12} {name:12} {r["rate"]:10.0f} {r["ideal_ratio"]:8.0%} '
-                                          f'{r["cpu_ms"]:9.2f} ms {r["peak_mb"]:5.0f} MB {r["server_busy"]:11.0%}')
+                                          f'{r["cpu_ms"]:9.2f} ms {r["peak_mb"]:5.0f} MB {r["server_busy"]:12.0%} '
+                                          f'{r["latency_ms"]:8.1f} ms')
     for key in ('vs_sdk_512', 'vs_sdk_logprobs', 'vs_langchain_logprobs'):
         print(f'{key}: {found[key]:.2f}x' if found[key] else f'{key}: unknown')
     print(f'on disk: {found["bytes_per_token"]:.1f} bytes per token with its top {TOP}; server: {found["server"]}')
@@ -326,7 +341,7 @@ def parse():
     parser.add_argument('--rounds', type=int, default=2, help='of the SDK and ours in turns; the best of each counts')
     parser.add_argument('--peers-python', action='append', default=[], metavar='PATH', help='an interpreter with peers '
                         'in its environment; may be repeated, and the first that has a peer runs it')
-    for name, default, what in (('text-64', 4000, 'text, 64 in flight'), ('text-512', 10_000, 'text, 512 in flight'),
+    for name, default, what in (('text-64', 8000, 'text, 64 in flight'), ('text-512', 10_000, 'text, 512 in flight'),
                                 ('logprobs', 1500, f'{TOKENS} tokens with their top {TOP}')):
         parser.add_argument(f'--{name}', type=int, default=default, metavar='N', help=f'requests: {what}')
     parser.add_argument('--logprobs-concurrency', type=int, default=512, metavar='C', help='in flight with logprobs')
