@@ -1,4 +1,5 @@
 "What several tests need."
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(sys.executable).with_name('llm-distill')
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the jobs that a shell runs in the background ignore it
 
 
 @pytest.fixture
