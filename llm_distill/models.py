@@ -172,14 +172,14 @@ def encode_chat(
         except TemplateError as e: raise BadInput(f"the model's chat template refuses this conversation: {e}") from e
     return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
 
-# %% ../nbs/01a_models.ipynb #b8e59e1e
+# %% ../nbs/01a_models.ipynb #1ef5f49c
 def last_hidden(
     model,         # A causal LM, or a wrapper around one
-    inputs: dict,  # With input_ids and attention_mask, (B, L)
+    inputs: dict,  # With input_ids and attention_mask or, of packed rows, position_ids, (B, L)
     inner=None,    # The model inside of the wrapper
 ) -> torch.Tensor: # (B, L, H)
     "What the head reads, by way of the model's own forward."
-    text = {name: inputs[name] for name in ('input_ids', 'attention_mask')}
+    text = {name: inputs[name] for name in ('input_ids', 'attention_mask', 'position_ids') if name in inputs}
     seen = []
     hook = (inner or model).base_model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try: model(**text, use_cache=False, logits_to_keep=1)

@@ -15,7 +15,7 @@ from .fused import Dense, Head, Sparse, Text, chosen_logprobs, fused_loss, plain
 from .losses import alm, find_divergence
 from .types import BadInput
 
-# %% ../nbs/06b_objective.ipynb #8456cf9c
+# %% ../nbs/06b_objective.ipynb #d4bf8513
 class Parts(NamedTuple):
     "A loss, and what it is made of."
     loss: torch.Tensor   # Summed over the taught tokens, with a gradient
@@ -24,10 +24,14 @@ class Parts(NamedTuple):
 
 def taught_weight(batch: dict) -> torch.Tensor: # ()
     "How much the taught tokens of a batch count together."
-    taught = batch['labels'][:, 1:] != -100
-    return (taught*batch['weight'][:, None]).sum() if 'weight' in batch else taught.sum()
+    return _weights(batch, batch['labels'][:, 1:] != -100).sum()
 
-# %% ../nbs/06b_objective.ipynb #fb655867
+def _weights(batch, taught): # Of each taught token; an example's is that of all its tokens
+    ones, weight = taught.new_ones(taught.shape, dtype=torch.float32), batch.get('weight')
+    if weight is None: return ones[taught]
+    return (ones*weight[:, None] if weight.ndim == 1 else weight[:, 1:])[taught]
+
+# %% ../nbs/06b_objective.ipynb #46d5f21b
 @dataclass(frozen=True)
 class Objective:
     "How much of what is learnt."
@@ -55,7 +59,7 @@ class Objective:
         "The loss of a batch."
         taught = batch['labels'][:, 1:] != -100
         def pick(name): return batch[name][:, 1:][taught]
-        labels, weight = pick('labels'), self._weights(batch, taught)
+        labels, weight = pick('labels'), _weights(batch, taught)
         if not len(labels): return Parts(hidden.sum()*0, weight.sum(), {})
         soft, span = self._kinds(batch, taught, teacher, pick)
         w_div, w_ce = self.alpha*soft*weight, (self.beta + self.alpha*(~soft & (span < 0)))*weight
@@ -68,11 +72,6 @@ class Objective:
             parts = self._spans(read, head, labels, span, pick('span_logprob'), weight)
             loss, sums['alm'] = loss + self.alpha*parts[0], (parts[0].detach(), parts[1])
         return Parts(loss, weight.sum(), sums)
-
-    @staticmethod
-    def _weights(batch, taught):
-        ones = taught.new_ones(taught.shape, dtype=torch.float32)
-        return (ones*batch['weight'][:, None] if 'weight' in batch else ones)[taught]
 
     @staticmethod
     def _kinds(batch, taught, teacher, pick):
