@@ -15,10 +15,10 @@ from .fused import Dense, Head, Sparse, Text, chosen_logprobs, fused_loss, plain
 from .losses import alm, find_divergence
 from .types import BadInput
 
-# %% ../nbs/06b_objective.ipynb #d4bf8513
+# %% ../nbs/06b_objective.ipynb #f041fee9
 class Parts(NamedTuple):
     "A loss, and what it is made of."
-    loss: torch.Tensor   # Summed over the taught tokens, with a gradient
+    loss: torch.Tensor   # Summed over the taught tokens and scaled, with a gradient
     weight: torch.Tensor # Sum of their weights: what to divide by
     sums: dict           # "kl", "ce", "alm": (sum, weight) of each, without alpha and beta
 
@@ -31,7 +31,7 @@ def _weights(batch, taught): # Of each taught token; an example's is that of all
     if weight is None: return ones[taught]
     return (ones*weight[:, None] if weight.ndim == 1 else weight[:, 1:])[taught]
 
-# %% ../nbs/06b_objective.ipynb #46d5f21b
+# %% ../nbs/06b_objective.ipynb #7ec0c873
 @dataclass(frozen=True)
 class Objective:
     "How much of what is learnt."
@@ -55,6 +55,7 @@ class Objective:
         head: Head|None,           # The student's
         batch: dict,               # From `collate`
         teacher: tuple[torch.Tensor, Head]|None = None, # Its hidden states (B, L, H') and head, in place of the batch's targets
+        scale: float|torch.Tensor = 1., # The loss is multiplied by this; cheaper than to multiply its gradients
     ) -> Parts:
         "The loss of a batch."
         taught = batch['labels'][:, 1:] != -100
@@ -62,7 +63,7 @@ class Objective:
         labels, weight = pick('labels'), _weights(batch, taught)
         if not len(labels): return Parts(hidden.sum()*0, weight.sum(), {})
         soft, span = self._kinds(batch, taught, teacher, pick)
-        w_div, w_ce = self.alpha*soft*weight, (self.beta + self.alpha*(~soft & (span < 0)))*weight
+        w_div, w_ce = scale*self.alpha*soft*weight, scale*(self.beta + self.alpha*(~soft & (span < 0)))*weight
         target = self._target(batch, taught, teacher, soft, pick)
         read, how = hidden[:, :-1][taught], (find_divergence(self.divergence, self.mix), self.temperature)
         if head is None: loss, apart, ce = plain_loss(read, labels, target, w_div, w_ce, *how)
@@ -70,7 +71,7 @@ class Objective:
         sums = {'kl': ((apart*soft*weight).sum(), (soft*weight).sum()), 'ce': ((ce*weight).sum(), weight.sum())}
         if self.alpha and (span >= 0).any():
             parts = self._spans(read, head, labels, span, pick('span_logprob'), weight)
-            loss, sums['alm'] = loss + self.alpha*parts[0], (parts[0].detach(), parts[1])
+            loss, sums['alm'] = loss + scale*self.alpha*parts[0], (parts[0].detach(), parts[1])
         return Parts(loss, weight.sum(), sums)
 
     @staticmethod

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Listener', 'Message', 'as_messages', 'DistillError', 'BadInput', 'NoSuchModel', 'CacheError', 'ServerError',
-           'NotCached', 'BudgetSpent', 'TeacherError', 'TeacherTimeout', 'TeacherUnreachable', 'TeacherBusy',
-           'BadReply', 'NoText', 'TeacherRefused', 'QuotaSpent', 'MissingKey', 'NotGiven', 'Usage', 'TokenLogprobs',
-           'Completion', 'Event', 'missing_package']
+           'NotCached', 'BudgetSpent', 'OutOfMemory', 'NotFinite', 'TeacherError', 'TeacherTimeout',
+           'TeacherUnreachable', 'TeacherBusy', 'BadReply', 'NoText', 'TeacherRefused', 'QuotaSpent', 'MissingKey',
+           'NotGiven', 'Usage', 'TokenLogprobs', 'Completion', 'Event', 'missing_package']
 
 # %% ../nbs/00_types.ipynb #2497b2b0
 import sys
@@ -40,7 +40,7 @@ def as_messages(
         messages.insert(0, {'role': 'system', 'content': system_prompt})
     return messages
 
-# %% ../nbs/00_types.ipynb #bbb0e8a4
+# %% ../nbs/00_types.ipynb #b3bead14
 class DistillError(Exception): "Something that this package can explain; the message says what to do next."
 class BadInput(DistillError, ValueError): "An argument, a file or a prompt that cannot be used."
 class NoSuchModel(DistillError, FileNotFoundError): "A model folder or name that leads nowhere."
@@ -48,6 +48,8 @@ class CacheError(DistillError): "A cache file that cannot be used; it was left u
 class ServerError(DistillError): "A server that could not be started or has stopped."
 class NotCached(DistillError, LookupError): "Nobody has asked this yet, and nothing may be asked now."
 class BudgetSpent(DistillError): "The next request could cost more than is left of the budget."
+class OutOfMemory(DistillError, MemoryError): "A step of training did not fit; the message says what to lower."
+class NotFinite(DistillError, ArithmeticError): "A loss that is no number; the batch was saved."
 
 # %% ../nbs/00_types.ipynb #9bdef927
 class TeacherError(DistillError):
