@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 # From the ground up; a module imports only from names to the left of its own.
 LAYERS = ['types', 'pricing', 'models', 'teachers', 'packing', 'database', 'tables', 'query', 'browse', 'cache',
           'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'targets', 'sequences', 'losses', 'fused', 'objective', 'device', 'rollout', 'student', 'train',
-          'evaluate', 'report', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
+          'evaluate', 'distill', 'report', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
