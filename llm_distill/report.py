@@ -50,14 +50,22 @@ def _table(head: list[str], rows: list[list], numbers: bool = False) -> str:
 
 def _number(x) -> str: return 'not known' if x is None else f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.3g}'
 
-# %% ../nbs/09a_report.ipynb #2a9e34ee
+# %% ../nbs/09a_report.ipynb #fe723339
 SCORES = {'kl': 'KL to the teacher, nats per token (0 is a perfect copy)',
+          'reverse_kl': 'reverse KL, nats per token',
           'agreement': "agreement with the teacher's likeliest token, 0 to 1",
-          'perplexity': "perplexity on the teacher's answers (1 is certain)"}
+          'top5': "the teacher's likeliest token among the student's five, 0 to 1",
+          'perplexity': "perplexity on the teacher's answers (1 is certain)",
+          'ece': 'calibration error, 0 to 1'}
+
+def _with_interval(scores: dict, name: str) -> str:
+    low_high = (scores.get('intervals') or {}).get(name)
+    return _number(scores[name]) + (f' [{_number(low_high[0])}, {_number(low_high[1])}]' if low_high else '')
 
 def scores_table(before: dict, after: dict) -> str: # HTML
-    "The figures of a student before and after."
-    rows = [[words, _number(before[name]), _number(after[name])] for name, words in SCORES.items()]
+    "The figures of a student before and after, with 95 % intervals where they are known."
+    rows = [[words, *(_with_interval(s, name) for s in (before, after))] for name, words in SCORES.items()
+            if name in before and name in after]
     return _table(['on held-out prompts', 'before', 'after'], rows, numbers=True)
 
 def samples_table(samples: list[dict]) -> str: # HTML
@@ -65,7 +73,7 @@ def samples_table(samples: list[dict]) -> str: # HTML
     names = ['prompt', 'teacher', 'before', 'after']
     return _table(['question', 'teacher', 'student before', 'student after'], [[s[n] for n in names] for s in samples])
 
-# %% ../nbs/09a_report.ipynb #26c375ed
+# %% ../nbs/09a_report.ipynb #5d751d7f
 _STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
 color:#1b1b1b;background:#fff}
 table{border-collapse:collapse;width:100%;margin:1rem 0}
@@ -90,5 +98,6 @@ def report_page(
 <h2>Learning</h2>{loss_curve(r['curve'])}<h2>What they say</h2>{samples_table(r['samples'])}
 <h2>What it took</h2>{_table(['', ''], facts)}
 <footer>KL and agreement are taken over the teacher's top-{r['top_k']} tokens and a tail for all others,
-so the KL is a lower bound of that over the whole vocabulary. Price from the list of genai-prices.
+so the KL is a lower bound of that over the whole vocabulary. In brackets: 95 % intervals,
+from a bootstrap over prompts. Price from the list of genai-prices.
 Made by llm_distill {r['version']}.</footer></body></html>'''
