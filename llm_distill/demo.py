@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FULL', 'FAST', 'demo_prompts', 'Plan', 'ask_streaming', 'run_demo']
 
-# %% ../nbs/12a_demo.ipynb #2a729dd5
+# %% ../nbs/12a_demo.ipynb #4eefa5da
 import json
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def _ask(model, records, plan, cache, device, seed, show):
             if answers.stopped: raise KeyboardInterrupt
             return answers, teacher.model
 
-# %% ../nbs/12a_demo.ipynb #a1107f24
+# %% ../nbs/12a_demo.ipynb #76295202
 def _train(student, tokenizer, answers, plan, folder, seed, show):
     "Distil; returns the points of the loss curve."
     from llm_distill.models import pick_dtype
@@ -98,11 +97,18 @@ def _train(student, tokenizer, answers, plan, folder, seed, show):
     config._n_gpu = min(config.n_gpu, 1)  # several GPUs are for `accelerate launch`, not for a model of this size
     trainer = DistillTrainer(student, config, answers, tokenizer, on_event=show)
     trainer.train()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temp:  # a folder is a whole student or none
-        trainer.save_model(str(Path(temp)/'student'))
-        shutil.rmtree(folder, ignore_errors=True)
-        (Path(temp)/'student').rename(folder)
     return trainer.curve
+
+# %% ../nbs/12a_demo.ipynb #a41b1bc2
+def _save(student, tokenizer, folder, teacher, answers, taught, before, after, plan, seed) -> None:
+    "The student with its card; a folder is a whole student or none."
+    from llm_distill.saving import Card, save_student
+    smollm2 = {'base_model': 'HuggingFaceTB/SmolLM2-135M-Instruct', 'license': 'apache-2.0', 'language': ['en']}
+    save_student(student, tokenizer, folder, Card.of(
+        taught, {'before': before, 'after': after}, teachers=[answers.manifest],
+        training={'steps': plan.steps, 'batch size': plan.batch_size, 'seed': seed, 'top-k': 20},
+        notes='Made by `llm-distill demo`, to show the way: it has seen some thousand tokens.',
+        **smollm2 if teacher == 'smollm2' else {}))
 
 # %% ../nbs/12a_demo.ipynb #ff5daac0
 def _samples(student, tokenizer, answers: list[Answer], max_tokens) -> list[str]:
@@ -124,7 +130,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #12e57b11
+# %% ../nbs/12a_demo.ipynb #41ee8b93
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -165,6 +171,7 @@ def run_demo(
         before, said_before = judge()
         curve = _train(student, tokenizer, train, plan, folder/'student', seed, show)
         after, said_after = judge()
+        _save(student, tokenizer, folder/'student', teacher, answers, train, before, after, plan, seed)
     say(f'     KL to the teacher {before.kl:.2f} -> {after.kl:.2f} nats per token, '
         f'agreement {before.agreement:.1%} -> {after.agreement:.1%}')
     say(f'4/5  Serving the student, and asking it: {shown[0].prompt}')

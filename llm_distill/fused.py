@@ -155,7 +155,7 @@ def _add_product(total, grad, hidden): # (V, H) += (n, V)^T (n, H), summed in fl
     if grad.dtype == total.dtype: total.addmm_(grad.T, hidden)
     else: total += grad.T @ hidden
 
-# %% ../nbs/06a_fused.ipynb #d63ce99a
+# %% ../nbs/06a_fused.ipynb #c1c9006d
 def fused_loss(
     hidden: torch.Tensor,       # What the student's head reads, (N, H), float32, bfloat16 or float16
     head: Head,                 # The student's
@@ -163,7 +163,7 @@ def fused_loss(
     target: Sparse|Dense|Text,  # What the teacher says of the same places
     w_div: torch.Tensor,        # Weight of the divergence at each place, (N,), 0 or more
     w_ce: torch.Tensor,         # Weight of the cross-entropy, likewise
-    divergence: Callable = forward_kl, # Of log_p and log_q, see `find_divergence`
+    divergence: Callable = forward_kl, # Of log_p and log_q, see `llm_distill.losses`
     temperature: float = 1.,    # Above 0; the divergence is multiplied by its square
     chunk: int = 256,           # Rows whose logits exist at the same time
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The weighted sum; divergences (N,) and cross-entropies (N,), nats

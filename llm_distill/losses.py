@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['TINY', 'LOWEST', 'DIVERGENCES', 'tail', 'teacher_outcomes', 'Rows', 'student_outcomes', 'forward_kl', 'reverse_kl',
-           'jsd', 'skew_kl', 'skew_reverse_kl', 'total_variation', 'find_divergence', 'tempered', 'topk_tail_kl',
-           'sampled_cross_entropy', 'alm', 'uld', 'topk_truncated', 'topk_renormalised']
+           'jsd', 'skew_kl', 'skew_reverse_kl', 'total_variation', 'tempered', 'topk_tail_kl', 'sampled_cross_entropy',
+           'alm', 'uld', 'topk_truncated', 'topk_renormalised']
 
-# %% ../nbs/06_losses.ipynb #5a6f3619
+# %% ../nbs/06_losses.ipynb #0bf07652
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch.nn import functional as F
-
-from .types import BadInput
 
 # %% ../nbs/06_losses.ipynb #33f6b446
 TINY = 1e-7     # stands for an empty tail of the teacher; float32 resolves 1 - sum(p) to about this
@@ -106,22 +103,9 @@ def total_variation(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor: #
     "Half the sum of absolute differences."
     return (log_p.exp() - log_q.exp()).abs().sum(-1)/2
 
-# %% ../nbs/06_losses.ipynb #a3a6624c
+# %% ../nbs/06_losses.ipynb #7513faea
 DIVERGENCES = {'forward_kl': forward_kl, 'reverse_kl': reverse_kl, 'jsd': jsd, 'skew_kl': skew_kl,
                'skew_reverse_kl': skew_reverse_kl, 'total_variation': total_variation}
-
-def find_divergence(
-    name: str,                 # One of `DIVERGENCES`
-    mix: float|None = None,    # `beta` of "jsd", `alpha` of the skew ones; None: as they are defined
-) -> Callable:                 # Of log_p and log_q; raises `BadInput`
-    "A divergence by its name."
-    if name not in DIVERGENCES: raise BadInput(f'divergence is one of {", ".join(DIVERGENCES)}, not {name!r}')
-    keyword = {'jsd': 'beta', 'skew_kl': 'alpha', 'skew_reverse_kl': 'alpha'}.get(name)
-    if mix is None: return DIVERGENCES[name]
-    if keyword is None: raise BadInput(f'{name} mixes nothing: leave mix= out')
-    if not 0 <= mix <= 1 or (mix == 1 and name != 'jsd'):
-        raise BadInput(f'the {keyword} of {name} is 0 to {"1" if name == "jsd" else "below 1"}, not {mix}')
-    return partial(DIVERGENCES[name], **{keyword: mix})
 
 # %% ../nbs/06_losses.ipynb #b4580f27
 def tempered(

@@ -116,15 +116,18 @@ def gguf_folder(
     folder = cache_folder()/f'{gguf.stem}-{mark}'
     return folder if (folder/'config.json').exists() else convert_gguf(gguf, folder)
 
-# %% ../nbs/01a_models.ipynb #70fe37ec
+# %% ../nbs/01a_models.ipynb #3c0c34cc
 def find_model(
-    name: str|Path, # A folder, a GGUF file, "smollm2", or a hub name ("owner/name") that transformers has or can fetch
+    name: str|Path, # A folder (also of an adapter), a GGUF file, "smollm2", or a hub name to be had ("owner/name")
 ) -> str:           # What `from_pretrained` takes; raises `NoSuchModel` for a folder that is not there
     "Turn a user's word for a model into a place to load it from."
     name = str(name)
     if name == 'smollm2': return str(smollm2())
     folder = Path(name).expanduser()
     if (folder/'config.json').exists(): return str(folder)
+    if (folder/'adapter_config.json').exists():
+        if importlib.util.find_spec('peft') is None: raise missing_package('a folder with an adapter', 'peft')
+        return str(folder)
     if folder.suffix == '.gguf' and folder.is_file(): return str(gguf_folder(folder))
     if folder.exists():
         raise NoSuchModel(f'{name!r} holds no model (no config.json); give a folder made by save_pretrained')
@@ -141,16 +144,23 @@ def load_tokenizer(name: str|Path): # As for `find_model`; returns a transformer
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/01a_models.ipynb #cbfd412a
+# %% ../nbs/01a_models.ipynb #71222d24
 def load_model(
-    name: str|Path,               # As for `find_model`
+    name: str|Path,               # As for `find_model`; an adapter is merged into its base
     device: str|None = None,      # None takes the best there is
     dtype: torch.dtype|None = None, # None takes what suits the device; training wants float32
 ):                                # A transformers causal LM in eval mode
     "Load a causal language model."
     from transformers import AutoModelForCausalLM
-    device = pick_device(device)
+    device, place = pick_device(device), Path(find_model(name))
+    if (place/'adapter_config.json').exists(): return _merged(place, str(device), dtype)
     return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype or pick_dtype(device)).to(device).eval()
+
+def _merged(place: Path, device: str, dtype):
+    # By peft: transformers 5.23 reads such a folder too, but drops what a DoRA learnt of lengths, with a log line.
+    from peft import PeftConfig, PeftModel
+    base = load_model(PeftConfig.from_pretrained(place).base_model_name_or_path, device, dtype)
+    return PeftModel.from_pretrained(base, place).merge_and_unload().eval()
 
 # %% ../nbs/01a_models.ipynb #4fac0a79
 def _from_pretrained(auto, name, **kwargs):
@@ -172,7 +182,7 @@ def encode_chat(
         except TemplateError as e: raise BadInput(f"the model's chat template refuses this conversation: {e}") from e
     return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
 
-# %% ../nbs/01a_models.ipynb #1ef5f49c
+# %% ../nbs/01a_models.ipynb #44c124fc
 def last_hidden(
     model,         # A causal LM, or a wrapper around one
     inputs: dict,  # With input_ids and attention_mask or, of packed rows, position_ids, (B, L)
@@ -180,8 +190,9 @@ def last_hidden(
 ) -> torch.Tensor: # (B, L, H)
     "What the head reads, by way of the model's own forward."
     text = {name: inputs[name] for name in ('input_ids', 'attention_mask', 'position_ids') if name in inputs}
-    seen = []
-    hook = (inner or model).base_model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    seen, inner = [], inner or model
+    if hasattr(inner, 'get_base_model'): inner = inner.get_base_model()  # peft calls something else its base_model
+    hook = inner.base_model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try: model(**text, use_cache=False, logits_to_keep=1)
     finally: hook.remove()
     return seen[0]
@@ -232,14 +243,14 @@ def token_ids(
     last_resort = stray | set(tokenizer.added_tokens_decoder)
     return {as_bytes[i]: i for i in sorted(vocab.values(), key=lambda i: (i not in last_resort, -i)) if as_bytes[i]}
 
-# %% ../nbs/01a_models.ipynb #cc20d8da
+# %% ../nbs/01a_models.ipynb #eb81defd
 def fingerprint(
     place: str, # From `find_model`
 ) -> str:       # Differs for folders with other weights, whatever their names; a hub name stands for itself
     "Names a model by its config and a sample of its weights."
     folder, digest = Path(place), hashlib.sha256()
     if not folder.is_dir(): return place
-    for file in sorted([*folder.glob('config.json'), *folder.glob('*.safetensors'), *folder.glob('*.bin')]):
+    for file in sorted([*folder.glob('*config.json'), *folder.glob('*.safetensors'), *folder.glob('*.bin')]):
         with file.open('rb') as f:
             size = file.stat().st_size
             digest.update(f'{file.name} {size}'.encode())

@@ -17,8 +17,8 @@ BIN = Path(sys.executable).parent
 # From the ground up; a module imports only from names to the left of its own.
 LAYERS = ['types', 'pricing', 'models', 'teachers', 'packing', 'database', 'tables', 'query', 'browse', 'cache',
           'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'targets', 'sequences', 'losses', 'fused',
-          'objective', 'device', 'rollout', 'student', 'train', 'evaluate', 'distill', 'judge', 'report', 'compare',
-          'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
+          'objective', 'device', 'rollout', 'importance', 'student', 'saving', 'train', 'evaluate', 'distill', 'judge',
+          'report', 'compare', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
@@ -100,7 +100,7 @@ def test_a_module_imports_only_from_below(path):
 def test_every_import_is_a_declared_dependency():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT/'settings.ini')
-    lists = ('requirements', 'demo_requirements', 'data_requirements', 'eval_requirements')
+    lists = ('requirements', 'demo_requirements', 'data_requirements', 'eval_requirements', 'lora_requirements')
     declared = {re.split(r'[<>=!\[; ]', line)[0].lower().replace('_', '-') for key, value in settings['DEFAULT'].items()
                 if key in lists for line in value.split() if line[0].isalpha()}
     used = {n.split('.')[0] for text in modules(PACKAGE).values() for n in imported(ast.parse(text))}
