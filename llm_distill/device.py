@@ -19,14 +19,15 @@ import torch
 from .models import pick_device
 from .types import BadInput
 
-# %% ../nbs/06c_device.ipynb #2d8c38b6
+# %% ../nbs/06c_device.ipynb #c6d36e30
 @lru_cache(1)
 def cpu_flags() -> frozenset[str]: # Lower case; empty where the system does not tell
     "What the processor's units are called."
     try: text = Path('/proc/cpuinfo').read_text()
     except OSError: return frozenset()
     lines = (line.partition(':') for line in text.splitlines())
-    return frozenset(word for name, _, words in lines if name.strip() in ('flags', 'Features') for word in words.split())
+    told = (words for name, _, words in lines if name.strip() in ('flags', 'Features'))
+    return frozenset(word for words in told for word in words.split())
 
 @lru_cache(1)
 def cpu_name() -> str:
@@ -36,7 +37,7 @@ def cpu_name() -> str:
     named = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
     return next(named, platform.processor() or platform.machine())
 
-# %% ../nbs/06c_device.ipynb #5d995bba
+# %% ../nbs/06c_device.ipynb #ffd17b99
 @dataclass(frozen=True)
 class Choice:
     "Settings for one machine, with the reason of each."
@@ -73,12 +74,12 @@ def _for_cpu(flags, name) -> tuple[str, str, tuple]:
     return precision, 'highest', (why, 'float32 matrices are multiplied as torch does by default')
 
 def _for_gpu(kind) -> tuple[str, str, tuple]:
-    if kind != 'cuda': return 'float32', 'highest', (f'float32 on {kind}', 'matrices as torch multiplies them by default')
+    if kind != 'cuda': return 'float32', 'highest', (f'float32 on {kind}', 'matrices as torch multiplies them')
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     why = 'bf16: this GPU has units for it' if bf16 else 'fp16: this GPU has no units for bfloat16'
     return 'bf16' if bf16 else 'fp16', 'high', (why, 'float32 matrices in TF32 where the GPU has it')
 
-# %% ../nbs/06c_device.ipynb #0fa0d4f6
+# %% ../nbs/06c_device.ipynb #cf120d1f
 def product_speed(
     dtype: torch.dtype = torch.float32,
     device: str = 'cpu',
@@ -128,7 +129,8 @@ def device_report(
 ) -> DeviceReport:
     "Measure this machine; takes a second."
     choice = choose(device)
-    types = {'float32': torch.float32, 'bf16': torch.bfloat16} | ({'fp16': torch.float16} if choice.device == 'cuda' else {})
+    types = {'float32': torch.float32, 'bf16': torch.bfloat16}
+    if choice.device == 'cuda': types['fp16'] = torch.float16
     before = torch.get_float32_matmul_precision()
     choice.apply()
     try: speeds = {name: product_speed(dtype, choice.device) for name, dtype in types.items()}

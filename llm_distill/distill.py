@@ -57,7 +57,7 @@ def train_phases(
         with atomically(folder/'done.json') as f: json.dump({'curve': trainer.curve}, f)
     return trainers
 
-# %% ../nbs/08b_distill.ipynb #c4d5c603
+# %% ../nbs/08b_distill.ipynb #cf140a63
 @dataclass
 class Distilled:
     "A student, and how it came to be."
@@ -69,7 +69,9 @@ class Distilled:
     folder: Path         # Where the student was saved
 
     def __repr__(self) -> str:
-        def said(s): return f'perplexity {s.perplexity:.3g}' + ('' if s.kl is None else f', KL {s.kl:.2f}, agreement {s.agreement:.0%}')
+        def said(s):
+            soft = '' if s.kl is None else f', KL {s.kl:.2f}, agreement {s.agreement:.0%}'
+            return f'perplexity {s.perplexity:.3g}{soft}'
         return f'<student in {self.folder}: {said(self.before)} -> {said(self.after)}>'
 
 def quick_distill(
@@ -104,7 +106,8 @@ def _sorted(options: dict) -> tuple[dict, dict]:
     ours = {f.name for f in fields(DistillConfig)}
     both = {'seed', 'temperature', 'on_event'} & options.keys()
     if both & {'temperature'}:
-        raise BadInput('temperature could mean the answers or the loss: collect the answers first, and give them as data=')
+        raise BadInput('temperature could be that of the answers or of the loss: collect the answers first, '
+                       'and give them as data=')
     return ({k: v for k, v in options.items() if k in ours}, {k: v for k, v in options.items() if k not in ours})
 
 def _answers(data, teacher, out, on_event, asking):
@@ -120,7 +123,7 @@ def _student(student, teacher):
     theirs = getattr(teacher, 'tokenizer', None)
     if student is None:
         if not hasattr(teacher, 'llm'):
-            raise BadInput('a student can only be cut out of a local teacher: give student=, e.g. a folder or a name on the hub')
+            raise BadInput('a student can only be cut out of a local teacher: give student=, a folder or a hub name')
         return prune(teacher.llm, keep_every=3), theirs
     if isinstance(student, torch.nn.Module):
         if theirs is None: raise BadInput('a model in memory needs its tokenizer: save it with it, and give the folder')

@@ -37,7 +37,7 @@ class Head(NamedTuple):
         if self.softcap is not None: grad = grad*(1 - (logits/self.softcap)**2)
         return grad if self.scale == 1 else grad*self.scale
 
-# %% ../nbs/06a_fused.ipynb #2fae1a9f
+# %% ../nbs/06a_fused.ipynb #b901bd78
 def head_of(
     model, # A causal LM
 ) -> Head|None: # None where the head is no plain product, e.g. in 4 bits
@@ -45,7 +45,8 @@ def head_of(
     head, config = model.get_output_embeddings(), model.config
     if type(head) is not torch.nn.Linear: return None
     factors = [getattr(config, name, None) or 1. for name in ('logit_scale', 'lm_head_multiplier', 'logits_scaling')]
-    return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], getattr(config, 'final_logit_softcapping', None))
+    cap = getattr(config, 'final_logit_softcapping', None)
+    return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)
 
 # %% ../nbs/06a_fused.ipynb #2dbc44d3
 @dataclass
@@ -155,7 +156,7 @@ def _add_product(total, grad, hidden): # (V, H) += (n, V)^T (n, H), summed in fl
     if grad.dtype == total.dtype: total.addmm_(grad.T, hidden)
     else: total += grad.T @ hidden
 
-# %% ../nbs/06a_fused.ipynb #c1c9006d
+# %% ../nbs/06a_fused.ipynb #5e3e133c
 def fused_loss(
     hidden: torch.Tensor,       # What the student's head reads, (N, H), float32, bfloat16 or float16
     head: Head,                 # The student's
@@ -166,7 +167,7 @@ def fused_loss(
     divergence: Callable = forward_kl, # Of log_p and log_q, see `llm_distill.losses`
     temperature: float = 1.,    # Above 0; the divergence is multiplied by its square
     chunk: int = 256,           # Rows whose logits exist at the same time
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The weighted sum; divergences (N,) and cross-entropies (N,), nats
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The weighted sum; divergences and cross-entropies (N,), nats
     "A divergence mixed with cross-entropy, from hidden states, without ever holding all logits."
     how = divergence, temperature
     if torch.is_grad_enabled():

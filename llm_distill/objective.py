@@ -47,7 +47,7 @@ def _weights(batch, taught): # Of each taught token; an example's is that of all
     if weight is None: return ones[taught]
     return (ones*weight[:, None] if weight.ndim == 1 else weight[:, 1:])[taught]
 
-# %% ../nbs/06b_objective.ipynb #7ec0c873
+# %% ../nbs/06b_objective.ipynb #9e0d45e6
 @dataclass(frozen=True)
 class Objective:
     "How much of what is learnt."
@@ -70,7 +70,7 @@ class Objective:
         hidden: torch.Tensor,      # What the student's head reads, (B, L, H); with `head` None its logits, (B, L, V)
         head: Head|None,           # The student's
         batch: dict,               # From `collate`
-        teacher: tuple[torch.Tensor, Head]|None = None, # Its hidden states (B, L, H') and head, in place of the batch's targets
+        teacher: tuple[torch.Tensor, Head]|None = None, # Its hidden states (B, L, H') and head, in place of the targets
         scale: float|torch.Tensor = 1., # The loss is multiplied by this; cheaper than to multiply its gradients
     ) -> Parts:
         "The loss of a batch."

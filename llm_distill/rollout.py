@@ -16,7 +16,7 @@ from .models import token_ids
 from .teachers.background import run
 from .types import BadInput
 
-# %% ../nbs/07b_rollout.ipynb #aab7ec99
+# %% ../nbs/07b_rollout.ipynb #71e6085a
 def prompts_of(
     batch: dict,        # From `collate`
 ) -> list[list[int]]:   # Token ids
@@ -44,7 +44,8 @@ def write_ids(
     longest, was_training = max(map(len, prompts)), model.training
     ids = torch.tensor([[pad_id]*(longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in prompts], device=model.device)
-    how = {'do_sample': True, 'temperature': temperature, 'top_k': 0, 'top_p': 1.} if temperature else {'do_sample': False}
+    sampled = {'do_sample': True, 'temperature': temperature, 'top_k': 0, 'top_p': 1.}
+    how = sampled if temperature else {'do_sample': False}
     model.eval()
     out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=pad_id, **how)[:, longest:]
     model.train(was_training)
@@ -55,11 +56,11 @@ def _until(answer: list[int], ends: set[int]) -> list[int]:
     stop = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
     return answer[:stop]
 
-# %% ../nbs/07b_rollout.ipynb #2b93f68e
+# %% ../nbs/07b_rollout.ipynb #cf8295fc
 def as_examples(
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]], # One for each prompt
-    rows: Sequence[tuple[np.ndarray, np.ndarray]]|None = None, # (T, k) ids and logprobs for each answer; None: text alone
+    rows: Sequence[tuple[np.ndarray, np.ndarray]]|None = None, # (T, k) ids and logprobs of each; None: text alone
 ) -> list[dict]:                  # For `collate`; empty answers are left out
     "Examples out of token ids."
     examples = []
@@ -75,7 +76,7 @@ def as_examples(
 
 def _nothing(n): return np.zeros((n, 1), np.int64), np.full((n, 1), -np.inf, np.float32)
 
-# %% ../nbs/07b_rollout.ipynb #74f89c6e
+# %% ../nbs/07b_rollout.ipynb #94d3e181
 def score_rows(
     teacher,                      # A `Teacher` that gives "prompt_logprobs" and has the student's tokenizer
     tokenizer,                    # The student's
@@ -91,8 +92,8 @@ def score_rows(
 
 def _rows(scored, skip: int, n: int, id_of: dict[bytes, int], k: int):
     if len(scored.tokens) != skip + n:
-        raise BadInput(f'the teacher read {len(scored.tokens)} tokens where the student wrote {skip + n}: on-policy needs a '
-                       "teacher with the student's tokenizer")
+        raise BadInput(f'the teacher read {len(scored.tokens)} tokens where the student wrote {skip + n}: '
+                       "on-policy needs a teacher with the student's tokenizer")
     ids, logprobs = np.zeros((n, k), np.int64), np.full((n, k), -np.inf, np.float32)
     for t, (tokens, values) in enumerate(zip(scored.top_tokens[skip:], scored.top_logprobs[skip:])):
         known = [(id_of[token], value) for token, value in zip(tokens, values) if token in id_of][:k]

@@ -22,7 +22,7 @@ def fill_rows(
         else: rows[fits].append(i); free[fits] -= lengths[i]
     return rows
 
-# %% ../nbs/05c_sequences.ipynb #a1f01382
+# %% ../nbs/05c_sequences.ipynb #ca184824
 FILL = {'input_ids': None, 'labels': -100, 'top_ids': 0, 'top_logprobs': -np.inf, 'soft': False, 'span': -1,
         'span_logprob': np.nan}  # what padding is made of; for input_ids the pad token
 
@@ -33,7 +33,8 @@ def _row(examples: list[dict]) -> dict[str, np.ndarray]:
     row['labels'][begins] = -100
     if 'span' in row:  # each example counts its spans from 0
         many = np.cumsum([0] + [e['span'].max(initial=-1) + 1 for e in examples[:-1]])
-        row['span'] = np.concatenate([np.where(e['span'] < 0, -1, e['span'] + n) for e, n in zip(examples, many)]).astype(np.int32)
+        spans = [np.where(e['span'] < 0, -1, e['span'] + n) for e, n in zip(examples, many)]
+        row['span'] = np.concatenate(spans).astype(np.int32)
     row['weight'] = np.concatenate([np.full(len(e['input_ids']), e.get('weight', 1), np.float32) for e in examples])
     row['position_ids'] = np.concatenate([np.arange(len(e['input_ids'])) for e in examples])
     return row
@@ -42,7 +43,7 @@ def collate_packed(
     examples: list[dict],  # From `make_examples`
     pad_id: int,           # Fills input_ids
     room: int,             # Tokens in a row
-) -> dict[str, torch.Tensor]: # (rows, L) and (rows, L, k); `weight` (rows, L) and `position_ids` besides, no attention_mask
+) -> dict[str, torch.Tensor]: # (rows, L) and (rows, L, k); with `position_ids`, and without an attention_mask
     "Examples in as few rows as they need, padded to the longest row."
     rows = [_row([examples[i] for i in r]) for r in fill_rows([len(e['input_ids']) for e in examples], room)]
     length = max(len(row['input_ids']) for row in rows)

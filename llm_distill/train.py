@@ -29,14 +29,14 @@ from .sequences import collate_packed
 from .targets import collate, make_examples
 from .types import BadInput, Event, Listener, NotFinite, OutOfMemory
 
-# %% ../nbs/08_train.ipynb #22d1d59d
+# %% ../nbs/08_train.ipynb #d4c2bfe5
 def _option(default, help): return field(default=default, metadata={'help': help})
 
 @dataclass
 class DistillConfig(TrainingArguments):
     "`TrainingArguments` with what distillation adds, and defaults that suit a pruned student."
     output_dir: str = 'student'
-    divergence: str = _option('forward_kl', 'How teacher and student are compared; one of llm_distill.losses.DIVERGENCES.')
+    divergence: str = _option('forward_kl', 'How teacher and student are compared, see llm_distill.losses.DIVERGENCES.')
     mix: float|None = _option(None, '`beta` of "jsd", `alpha` of the skew divergences; None: .5 and .1.')
     alpha: float = _option(.8, 'Weight of what the teacher gave, 0 or more.')
     beta: float = _option(.2, "Weight of cross-entropy on the teacher's tokens, 0 or more.")
@@ -101,7 +101,7 @@ class SampleCallback(TrainerCallback):
         rows = [{'prompt': a.prompt, 'teacher': a.text, 'student': text} for a, text in zip(self.asked, texts)]
         self.on_event(Event('sample', state.global_step, state.max_steps, {'samples': rows}))
 
-# %% ../nbs/08_train.ipynb #179c7103
+# %% ../nbs/08_train.ipynb #a9399fd1
 class _Teaching:
     "The part of the trainer that knows the teacher."
     def _set_teacher(self, teacher):
@@ -111,8 +111,8 @@ class _Teaching:
         if not self.reads: return
         theirs, ours = (m.get_input_embeddings().weight.shape[0] for m in (teacher, self.model))
         if min(theirs, ours) < len(self.processing_class):
-            raise BadInput(f'a teacher in memory needs the tokenizer of the student ({len(self.processing_class)} tokens), and has '
-                           f'{theirs}: collect its answers instead')
+            raise BadInput(f'a teacher in memory needs the {len(self.processing_class)} tokens of the student, '
+                           f'and has {theirs}: collect its answers instead')
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -126,7 +126,8 @@ class _Teaching:
 
     def _rolled_out(self, batch: dict, number: int) -> dict:
         "The batch, or what the student writes in place of it."
-        if random.Random(f'{self.args.seed} {self.state.global_step} {number}').random() >= self.args.lmbda: return batch
+        lot = random.Random(f'{self.args.seed} {self.state.global_step} {number}').random()
+        if lot >= self.args.lmbda: return batch
         prompts, student = prompts_of(batch), self.accelerator.unwrap_model(self.model)
         if not prompts: return batch
         said = write_ids(student, prompts, self.processing_class.pad_token_id, self.args.rollout_tokens,
@@ -134,7 +135,7 @@ class _Teaching:
         rows = None if self.reads else score_rows(self.teacher, self.processing_class, prompts, said, self.args.top_k)
         return self.data_collator(as_examples(prompts, said, rows)) if any(said) else batch
 
-# %% ../nbs/08_train.ipynb #709409fb
+# %% ../nbs/08_train.ipynb #74aef5b5
 class _Stopper(TrainerCallback):
     "Ends training after a step, with a checkpoint."
     def __init__(self, trainer): self.trainer = trainer
@@ -159,10 +160,11 @@ def _too_large(e: BaseException) -> bool:
 def _what_to_lower(args) -> str:
     size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if size > 1:
-        return (f'set per_device_train_batch_size={size//2} (it is {size}) and gradient_accumulation_steps={steps*2}: half the '
-                'memory of a batch, and the same gradient')
+        return (f'set per_device_train_batch_size={size//2} (it is {size}) and gradient_accumulation_steps={steps*2}: '
+                'half the memory of a batch, and the same gradient')
     if not args.gradient_checkpointing: return 'set gradient_checkpointing=True: slower, and a fraction of the memory'
-    return f'set max_length={args.max_length//2} (it is {args.max_length}), chunk={max(1, args.chunk//2)}, or take a smaller student'
+    return (f'set max_length={args.max_length//2} (it is {args.max_length}), chunk={max(1, args.chunk//2)}, '
+            'or take a smaller student')
 
 class _Running:
     "The part of the trainer that starts and ends."
@@ -186,7 +188,7 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #bbf63ce6
+# %% ../nbs/08_train.ipynb #6cd05803
 class DistillTrainer(_Teaching, _Running, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -199,13 +201,14 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         eval_dataset=None,           # Likewise
         teacher=None,                # A causal LM or a `Teacher`, see above; None: the answers say all
         on_event: Listener|None = None, # Told of each step
-        sample_prompts: Sequence|None = None, # Answers whose prompts the student is shown to answer; None: three of eval_dataset
+        sample_prompts: Sequence|None = None, # Answers whose prompts it answers now and then; None: 3 of eval_dataset
         **kwargs,                    # What else `Trainer` takes
     ):
         if args.freeze_embeddings:
             for part in (model.get_input_embeddings(), model.get_output_embeddings()): part.requires_grad_(False)
         pad = processing_class.pad_token_id
-        pack = partial(collate_packed, pad_id=pad, room=args.max_length) if args.packing else partial(collate, pad_id=pad)
+        packed = partial(collate_packed, room=args.max_length)
+        pack = partial(packed if args.packing else collate, pad_id=pad)
         def examples(answers): return _examples(answers, processing_class, args)
         super().__init__(model, args, train_dataset=examples(train_dataset), eval_dataset=examples(eval_dataset),
                          data_collator=pack, processing_class=processing_class, **kwargs)
@@ -216,13 +219,14 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         self.add_callback(_Stopper(self))
         if on_event:
             self.add_callback(EventCallback(on_event))
-            shown = [a for a in (eval_dataset or [])[:3] if hasattr(a, 'messages')] if sample_prompts is None else sample_prompts
-            if args.sample_frequency and shown: self.add_callback(SampleCallback(shown, processing_class, on_event))
+            if sample_prompts is None: sample_prompts = [a for a in (eval_dataset or [])[:3] if hasattr(a, 'messages')]
+            if args.sample_frequency and sample_prompts:
+                self.add_callback(SampleCallback(sample_prompts, processing_class, on_event))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         items = taught_weight(inputs) if num_items_in_batch is None else num_items_in_batch
-        # Data parallelism takes the mean of what is already a share
-        shares = self.accelerator.num_processes if self.args.average_tokens_across_devices and num_items_in_batch is not None else 1
+        whole = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        shares = self.accelerator.num_processes if whole else 1  # the mean is taken of what are shares already
         inner = self.accelerator.unwrap_model(model)
         head = head_of(inner)
         if head is None: read = self._logits(model, inputs)
@@ -240,7 +244,7 @@ class DistillTrainer(_Teaching, _Running, Trainer):
             path = Path(self.args.output_dir)/f'not_finite_step_{self.state.global_step + 1}.pt'
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({name: x.cpu() for name, x in inputs.items()}, path)
-            raise NotFinite(f'the loss of step {self.state.global_step + 1} is {parts.loss.item()}; its batch is in {path}. Lower '
+            raise NotFinite(f'the loss of this step is {parts.loss.item()}, and its batch is in {path}; lower '
                             f'learning_rate= ({self.args.learning_rate:g} now), or set precision="float32"')
         self._parts['tokens'] += inputs['input_ids'].numel()
         for name, (total, weight) in parts.sums.items():
@@ -256,7 +260,8 @@ class DistillTrainer(_Teaching, _Running, Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples: return None
         items = sum(map(taught_weight, batch_samples)).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1: items = self.accelerator.gather(items).sum()
+        several = self.args.average_tokens_across_devices and self.args.world_size > 1
+        if several: items = self.accelerator.gather(items).sum()
         return items.clamp_min(1e-9)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -266,7 +271,8 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         if 'loss' in logs and self._parts:
             part = self._parts
             logs |= {name: part[name]/part[name + ' weight'] for name in ('kl', 'alm', 'ce') if part[name + ' weight']}
-            self.curve.append({'step': self.state.global_step, **{k: logs[k] for k in ('loss', 'kl', 'alm', 'ce') if k in logs}})
+            point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce') if k in logs}
+            self.curve.append({'step': self.state.global_step, **point})
             part.clear()
         super().log(logs, *args, **kwargs)
 
