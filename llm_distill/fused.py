@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Head', 'head_of', 'Sparse', 'Dense', 'Text', 'fused_loss', 'plain_loss', 'chosen_logprobs']
 
-# %% ../nbs/06a_fused.ipynb #cdbab9e5
+# %% ../nbs/06a_fused.ipynb #59f4af4d
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .losses import LOWEST, Rows, forward_kl, teacher_outcomes, tempered, topk_tail_kl
+from .losses import LOWEST, SplitRows, forward_kl, teacher_outcomes, tempered, topk_tail_kl
 
 # %% ../nbs/06a_fused.ipynb #37568ca9
 class Head(NamedTuple):
@@ -48,7 +48,7 @@ def head_of(
     cap = getattr(config, 'final_logit_softcapping', None)
     return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)
 
-# %% ../nbs/06a_fused.ipynb #2dbc44d3
+# %% ../nbs/06a_fused.ipynb #3eec80c3
 @dataclass
 class Sparse:
     "What a teacher shows of its distribution: its likeliest tokens, or draws."
@@ -62,7 +62,7 @@ class Sparse:
     def step(self, z, rows, labels, w_div, w_ce, divergence, temperature, with_grad):
         "Divergence and cross-entropy of some rows (n,), and the gradient of their weighted sum (n, V), in place of z."
         chosen = z.gather(1, labels)
-        split = Rows(z, self.ids[rows], self.logprobs[rows], overwrite=True)
+        split = SplitRows(z, self.ids[rows], self.logprobs[rows], overwrite=True)
         log_q = split.log_q.clamp_min(LOWEST).requires_grad_(with_grad)
         log_p = tempered(teacher_outcomes(self.logprobs[rows]), temperature)
         with torch.set_grad_enabled(with_grad):
@@ -156,7 +156,7 @@ def _add_product(total, grad, hidden): # (V, H) += (n, V)^T (n, H), summed in fl
     if grad.dtype == total.dtype: total.addmm_(grad.T, hidden)
     else: total += grad.T @ hidden
 
-# %% ../nbs/06a_fused.ipynb #5e3e133c
+# %% ../nbs/06a_fused.ipynb #a96fa904
 def fused_loss(
     hidden: torch.Tensor,       # What the student's head reads, (N, H), float32, bfloat16 or float16
     head: Head,                 # The student's
@@ -166,7 +166,7 @@ def fused_loss(
     w_ce: torch.Tensor,         # Weight of the cross-entropy, likewise
     divergence: Callable = forward_kl, # Of log_p and log_q, see `llm_distill.losses`
     temperature: float = 1.,    # Above 0; the divergence is multiplied by its square
-    chunk: int = 256,           # Rows whose logits exist at the same time
+    chunk: int = 256,           # SplitRows whose logits exist at the same time
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The weighted sum; divergences and cross-entropies (N,), nats
     "A divergence mixed with cross-entropy, from hidden states, without ever holding all logits."
     how = divergence, temperature
@@ -188,7 +188,7 @@ def plain_loss(
     ce = F.cross_entropy(logits.float(), labels, reduction='none')
     return (apart*w_div).sum() + (ce*w_ce).sum(), apart.detach(), ce.detach()
 
-# %% ../nbs/06a_fused.ipynb #55898d3f
+# %% ../nbs/06a_fused.ipynb #2fc84b2c
 class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, labels, chunk):
@@ -208,7 +208,7 @@ def chosen_logprobs(
     hidden: torch.Tensor, # What the student's head reads, (N, H)
     head: Head,
     labels: torch.Tensor, # (N,)
-    chunk: int = 256,     # Rows whose logits exist at the same time
+    chunk: int = 256,     # SplitRows whose logits exist at the same time
 ) -> torch.Tensor:        # (N,) natural logs, with a gradient
     "The logprob of each written token."
     return _Chosen.apply(hidden, head.weight, head.bias, head, labels, chunk)

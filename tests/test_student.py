@@ -290,11 +290,12 @@ def examples(n=4):
 @pytest.mark.parametrize('dora', [False, True])
 def test_only_the_adapter_learns(base, tokenizer, tmp_path, dora):
     pytest.importorskip('peft')
-    from llm_distill.models import fusable_head, last_hidden
+    from llm_distill.fused import head_of
+    from llm_distill.models import last_hidden
     from llm_distill.train import DistillConfig, DistillTrainer
     student = load_student(base, lora={'r': 2}, dora=dora, device='cpu')
     text = {'input_ids': TEXT, 'attention_mask': torch.ones_like(TEXT)}
-    with torch.no_grad(): fused = last_hidden(student, text) @ fusable_head(student).T
+    with torch.no_grad(): fused = head_of(student).logits(last_hidden(student, text))
     assert (fused - logits(student)).abs().max() < 1e-5
     before = {k: p.detach().clone() for k, p in student.named_parameters()}
     config = DistillConfig(str(tmp_path/'t'), use_cpu=True, max_steps=3, logging_steps=1, learning_rate=1e-2)
