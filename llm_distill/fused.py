@@ -156,7 +156,7 @@ def _add_product(total, grad, hidden): # (V, H) += (n, V)^T (n, H), summed in fl
     if grad.dtype == total.dtype: total.addmm_(grad.T, hidden)
     else: total += grad.T @ hidden
 
-# %% ../nbs/06a_fused.ipynb #a96fa904
+# %% ../nbs/06a_fused.ipynb #5e3e133c
 def fused_loss(
     hidden: torch.Tensor,       # What the student's head reads, (N, H), float32, bfloat16 or float16
     head: Head,                 # The student's
@@ -166,7 +166,7 @@ def fused_loss(
     w_ce: torch.Tensor,         # Weight of the cross-entropy, likewise
     divergence: Callable = forward_kl, # Of log_p and log_q, see `llm_distill.losses`
     temperature: float = 1.,    # Above 0; the divergence is multiplied by its square
-    chunk: int = 256,           # SplitRows whose logits exist at the same time
+    chunk: int = 256,           # Rows whose logits exist at the same time
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The weighted sum; divergences and cross-entropies (N,), nats
     "A divergence mixed with cross-entropy, from hidden states, without ever holding all logits."
     how = divergence, temperature
@@ -188,7 +188,7 @@ def plain_loss(
     ce = F.cross_entropy(logits.float(), labels, reduction='none')
     return (apart*w_div).sum() + (ce*w_ce).sum(), apart.detach(), ce.detach()
 
-# %% ../nbs/06a_fused.ipynb #2fc84b2c
+# %% ../nbs/06a_fused.ipynb #55898d3f
 class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, labels, chunk):
@@ -208,7 +208,7 @@ def chosen_logprobs(
     hidden: torch.Tensor, # What the student's head reads, (N, H)
     head: Head,
     labels: torch.Tensor, # (N,)
-    chunk: int = 256,     # SplitRows whose logits exist at the same time
+    chunk: int = 256,     # Rows whose logits exist at the same time
 ) -> torch.Tensor:        # (N,) natural logs, with a gradient
     "The logprob of each written token."
     return _Chosen.apply(hidden, head.weight, head.bias, head, labels, chunk)

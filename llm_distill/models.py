@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'cache_folder', 'no_progress_bars', 'convert_gguf', 'smollm2', 'gguf_folder',
-           'find_model', 'load_tokenizer', 'load_model', 'encode_chat', 'last_hidden', 'fusable_head', 'token_bytes',
-           'token_ids', 'fingerprint']
+           'find_model', 'load_tokenizer', 'load_model', 'encode_chat', 'last_hidden', 'token_bytes', 'token_ids',
+           'fingerprint']
 
 # %% ../nbs/01a_models.ipynb #14e75b77
 import hashlib
@@ -182,7 +182,7 @@ def encode_chat(
         except TemplateError as e: raise BadInput(f"the model's chat template refuses this conversation: {e}") from e
     return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
 
-# %% ../nbs/01a_models.ipynb #44c124fc
+# %% ../nbs/01a_models.ipynb #6695e1ca
 def last_hidden(
     model,         # A causal LM, or a wrapper around one
     inputs: dict,  # With input_ids and attention_mask or, of packed rows, position_ids, (B, L)
@@ -196,14 +196,6 @@ def last_hidden(
     try: model(**text, use_cache=False, logits_to_keep=1)
     finally: hook.remove()
     return seen[0]
-
-def fusable_head(model) -> torch.Tensor|None: # (V, H)
-    "The head's weights, if all that it does is multiply by them."
-    head, config = model.get_output_embeddings(), model.config
-    plain = type(head) is torch.nn.Linear and head.bias is None
-    scaled = any(getattr(config, name, None) not in (None, 1, 1.) for name in
-                 ('final_logit_softcapping', 'logit_scale', 'logits_scaling', 'lm_head_multiplier'))
-    return head.weight if plain and not scaled else None
 
 # %% ../nbs/01a_models.ipynb #8aabd70b
 @lru_cache(1)
