@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['topk_rows', 'draw_uniforms', 'sampled_rows', 'model_mark', 'capture']
 
-# %% ../nbs/06e_capture.ipynb #99f9a626
+# %% ../nbs/06e_capture.ipynb #9ad16909
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from .fused import head_of
 from .models import last_hidden

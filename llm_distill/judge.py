@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CRITERIA', 'text_metrics', 'pair_prompt', 'read_verdict', 'wilson', 'Verdicts', 'judge', 'Speed', 'speed']
 
-# %% ../nbs/09b_judge.ipynb #46be66fb
+# %% ../nbs/09b_judge.ipynb #99859a87
 import hashlib
 import math
 import re
@@ -20,9 +20,10 @@ import numpy as np
 
 from .cache import TeacherCache
 from .collect import collect
-from .evaluate import interval, redrawn, write_ids
+from .evaluate import interval, redrawn
 from .models import encode_chat
 from .pricing import Budget, Price, find_price
+from .rollout import write_ids
 from .teachers.base import Teacher
 from .teachers.registry import create_teacher
 from .types import BadInput, Message, Usage, as_messages, missing_package
@@ -157,7 +158,7 @@ def judge(
     verdicts, figures = _verdicts(pairs, same, len(prompts))
     return Verdicts(**figures, **told, judge=teacher.model, verdicts=verdicts)
 
-# %% ../nbs/09b_judge.ipynb #49f98f56
+# %% ../nbs/09b_judge.ipynb #93a513b3
 @dataclass(frozen=True)
 class Speed:
     "How fast answers come, and what a thousand of them cost."
@@ -184,9 +185,9 @@ def _speed(usages: list[Usage], seconds: float, usd: float|None, teacher) -> Spe
 def _write_all(model, tokenizer, conversations, max_tokens, batch_size) -> list[Usage]:
     found = []
     for i in range(0, len(conversations), batch_size):
-        some = conversations[i:i + batch_size]
-        found += [Usage(len(encode_chat(tokenizer, m)), len(ids))
-                  for m, ids in zip(some, write_ids(model, tokenizer, some, max_tokens))]
+        asked = [encode_chat(tokenizer, m) for m in conversations[i:i + batch_size]]
+        said = write_ids(model, asked, tokenizer.pad_token_id, max_tokens, temperature=0)
+        found += [Usage(len(question), len(answer)) for question, answer in zip(asked, said)]
     return found
 
 # %% ../nbs/09b_judge.ipynb #d5c04949
