@@ -1,6 +1,6 @@
 """Targets on disk: size, and the speed of writing, reading and capturing them.
 
-    python tests/benchmarks/shards.py [--json] [--model smollm2] [--examples 400]
+    python tests/benchmarks/shards.py [--json] [--model smollm2] [--examples 400] [--threads 1]
 
 Writing puts everything on the disk (fsync). The rows are what the teacher says of random text of its own vocabulary.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from llm_distill.capture import capture
 from llm_distill.models import load_model
@@ -55,7 +54,6 @@ def measure(name, model, few, n, folder) -> dict:
            'entries': float(np.mean([np.isfinite(e['top_logprobs'][e['soft']]).sum(1).mean() for e in examples])),
            'write_tokens_s': taught/writing,
            'read_tokens_s': taught/min(seconds(lambda: [many[i] for i in order]) for _ in range(3)),
-           'workers_tokens_s': taught/seconds(lambda: [*DataLoader(many, None, shuffle=True, num_workers=2)]),
            'capture_tokens_s': (LENGTH - PROMPT)*len(few)/took}
     for x in ('few', 'many'): shutil.rmtree(folder/x)
     return row
@@ -66,7 +64,9 @@ if __name__ == '__main__':
     parser.add_argument('--json', action='store_true')
     parser.add_argument('--model', default='smollm2')
     parser.add_argument('--examples', type=int, default=400)
+    parser.add_argument('--threads', type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     model = load_model(args.model)
     with tempfile.TemporaryDirectory() as temp:
         few = some(model, 4)
@@ -76,9 +76,8 @@ if __name__ == '__main__':
     if args.json: print(json.dumps(found))
     else:
         print(f'{args.model}: its body alone reads {forward:,.0f} tokens/s, prompt included\n')
-        print('| per taught token | MB per 1,000 | entries | written/s | read/s | with 2 workers | captured/s |')
-        print('|---|---|---|---|---|---|---|')
+        print('| per taught token | MB per 1,000 | entries | written/s | read/s | captured/s |')
+        print('|---|---|---|---|---|---|')
         for name, r in found.items():
-            speeds = ' | '.join(f'{r[x]:,.0f}' for x in ('write_tokens_s', 'read_tokens_s', 'workers_tokens_s',
-                                                         'capture_tokens_s'))
+            speeds = ' | '.join(f'{r[x]:,.0f}' for x in ('write_tokens_s', 'read_tokens_s', 'capture_tokens_s'))
             print(f'| {name} | {r["bytes_per_token"]/1000:.3f} | {r["entries"]:.1f} | {speeds} |')
