@@ -108,7 +108,7 @@ def _cache_copy(cache, args) -> None: print(f'written: {cache.copy_to(args.to)}'
 _ACTIONS = {'stats': _cache_stats, 'browse': _cache_browse, 'export': _cache_export, 'merge': _cache_merge,
             'copy': _cache_copy}
 
-# %% ../nbs/14_cli.ipynb #a730f61b
+# %% ../nbs/14_cli.ipynb #cc605937
 def _add_collect(add) -> None:
     add('prompts', nargs='?', help='a .jsonl, .json, .csv, .tsv or .parquet file, or text with one prompt a line')
     add('--out', required=True, metavar='DIR', help='folder for the cache, the answers and the statistics')
@@ -138,6 +138,25 @@ def _add_collect(add) -> None:
     add('--parquet', action='store_true', help='write a table with all details as well; needs pyarrow')
     add('--resume', action='store_true', help='go on with the run in this folder, with what it was told')
 
+def _add_train(add) -> None:
+    add('data', help='a cache, or a .jsonl or .parquet of answers')
+    add('--student', required=True, help='a model folder or hub name, or smollm2')
+    add('--out', required=True, metavar='DIR', help='folder for the student, the checkpoints and the figures')
+    add('--keep-every', type=int, default=1, metavar='N', help='cut the student down to one layer in so many first')
+    add('--lora', type=int, metavar='RANK', help='train an adapter of this rank alone; needs peft')
+    add('--quantize', choices=['int8', 'int4'], help='load the student in few bits, with --lora; needs bitsandbytes')
+    add('--model', help='learn from the answers of one model alone')
+    add('--heldout', type=float, default=0., metavar='SHARE', help='of the answers, to judge by and not to learn from')
+    add('--config', metavar='FILE', help='a JSON file with fields of DistillConfig')
+    add('--set', action='append', metavar='NAME=VALUE', help='any field of DistillConfig')
+    add('--resume', action='store_true', help='go on from the last checkpoint')
+    for name, kind in (('divergence', str), ('alpha', float), ('beta', float), ('temperature', float), ('top-k', int),
+                       ('max-length', int), ('precision', str), ('learning-rate', float), ('seed', int),
+                       ('max-steps', int), ('num-train-epochs', float), ('per-device-train-batch-size', int),
+                       ('gradient-accumulation-steps', int)):
+        add(f'--{name}', type=kind, help='as in DistillConfig')
+    for name in ('packing', 'use-cpu', 'freeze-embeddings'): add(f'--{name}', action='store_true', help='as there')
+
 def _add_cache(commands) -> None:
     actions = commands.add_parser('cache', help='look into a cache of answers, and take answers out').add_subparsers(
         required=True, metavar='ACTION')
@@ -161,7 +180,76 @@ def _add_cache(commands) -> None:
     add = action('copy', 'a copy for a drive on which no cache can live')
     add('to', help='the new file')
 
-# %% ../nbs/14_cli.ipynb #5a430b0d
+# %% ../nbs/14_cli.ipynb #80186672
+_TRAIN = ('divergence', 'alpha', 'beta', 'temperature', 'top_k', 'max_length', 'packing', 'precision',
+          'learning_rate', 'seed', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'use_cpu',
+          'freeze_embeddings')
+
+def _answers(path: str, model: str|None = None) -> list:
+    "Answers of a cache or of a file; raises `BadInput`."
+    from llm_distill.answers import cached_answers, read_answers
+    from llm_distill.cache import TeacherCache
+    if not Path(path).exists(): raise BadInput(f'there is nothing at {path}; llm-distill collect makes a cache')
+    if Path(path).suffix in ('.jsonl', '.parquet'): return list(read_answers(path))
+    with TeacherCache(path) as cache: return list(cached_answers(cache, model))
+
+def _settings(args) -> dict:
+    "Fields of `DistillConfig`: the file's, over them --set, over them what has a name of its own."
+    found = {}
+    if args.config:
+        try: found = json.loads(Path(args.config).read_text(encoding='utf-8'))
+        except (OSError, ValueError) as e: raise BadInput(f'cannot read {args.config} ({e}); it holds JSON') from e
+    for pair in args.set or []:
+        name, equals, value = pair.partition('=')
+        if not equals: raise BadInput(f'--set is NAME=VALUE, not {pair!r}')
+        try: found[name] = json.loads(value)
+        except ValueError: found[name] = value
+    from dataclasses import fields
+    from llm_distill.train import DistillConfig
+    found |= {k: v for k in _TRAIN if (v := getattr(args, k)) not in (None, False)}
+    if unknown := set(found) - {f.name for f in fields(DistillConfig) if f.init}:
+        raise BadInput(f'DistillConfig has no {", ".join(sorted(unknown))}')
+    return found
+
+def _train(args) -> int:
+    from llm_distill.evaluate import evaluate
+    from llm_distill.models import find_model, load_tokenizer
+    from llm_distill.progress import Progress
+    from llm_distill.saving import Card, load_student, save_student
+    from llm_distill.student import prune
+    from llm_distill.tables import atomically
+    from llm_distill.train import DistillConfig, DistillTrainer
+    out, config = Path(args.out), DistillConfig(str(Path(args.out)/'run'), **_settings(args))
+    answers, heldout = _answers(args.data, args.model), []
+    if args.heldout:
+        kept = max(1, round(args.heldout*len(answers)))
+        answers, heldout = answers[kept:], answers[:kept]
+    student = load_student(args.student, args.quantize, args.lora, device=config.choice.device)
+    tokenizer = load_tokenizer(find_model(args.student))
+    if args.keep_every > 1: student = prune(student, keep_every=args.keep_every)
+    with Progress(labels={'train': 'training'}) as show:
+        trainer = DistillTrainer(student, config, answers, tokenizer, on_event=show)
+        before = evaluate(student, heldout, tokenizer) if heldout and config.process_index == 0 else None
+        trainer.train(resume_from_checkpoint=args.resume or None)
+    if trainer.stopping: return 130
+    if config.process_index: return 0
+    scores = {} if before is None else {'before': before, 'after': evaluate(student, heldout, tokenizer)}
+    save_student(student, tokenizer, out/'student', Card.of(answers, scores, training=_settings(args)))
+    told = {name: s.as_dict() for name, s in scores.items()}
+    with atomically(out/'train.json') as f: json.dump({'curve': trainer.curve, **told}, f, indent=2)
+    print(f'the student: {out/"student"}')
+    for name, s in scores.items(): print(f'{name}\n{s}')
+    return 0
+
+def _evaluate(args) -> None:
+    from llm_distill.evaluate import evaluate
+    from llm_distill.tables import atomically
+    scores = evaluate(args.student, _answers(args.data, args.model))
+    print(scores)
+    if args.json:
+        with atomically(args.json) as f: json.dump(scores.as_dict(), f, indent=2)
+
+# %% ../nbs/14_cli.ipynb #3707f8ca
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill',
                                      description='From an API key to a small language model of your own.')
@@ -185,6 +273,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_collect(command('collect', _collect, 'ask a teacher many prompts, and keep every answer',
                          '; what has come so far is kept, --resume goes on from there'))
     _add_cache(commands)
+    _add_train(command('train', _train, 'train a student on collected answers',
+                       '; --resume goes on from the last checkpoint'))
+    add = command('evaluate', _evaluate, "measure a student against its teacher's answers")
+    add('student', help='a model folder or hub name')
+    add('data', help='a cache, or a .jsonl or .parquet of answers, that it has not learnt from')
+    add('--model', help='of one teacher alone')
+    add('--json', metavar='FILE', help='write the scores as JSON')
     add = command('serve', _serve, 'serve a model behind an OpenAI-compatible API')
     add('model', help='a model folder, a hub name, or smollm2')
     add('--host', default='127.0.0.1', help='where to listen; the default is for this machine alone')
@@ -207,3 +302,6 @@ def main(
     except KeyboardInterrupt:
         print(f'\nllm-distill: stopped{args.stopped}', file=sys.stderr)
         return 130
+
+# %% ../nbs/14_cli.ipynb #18a27ee4
+if __name__ == '__main__': sys.exit(main())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phase', 'train_phases', 'Distilled', 'quick_distill']
 
-# %% ../nbs/08b_distill.ipynb #928eb9b9
+# %% ../nbs/08b_distill.ipynb #546e8001
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -17,6 +17,7 @@ from .collect import collect
 from .evaluate import Scores, evaluate
 from .models import find_model, load_model, load_tokenizer
 from .records import Answer
+from .saving import Card, load_student, save_student
 from .student import prune
 from .tables import atomically
 from .teachers.base import Teacher
@@ -57,7 +58,7 @@ def train_phases(
         with atomically(folder/'done.json') as f: json.dump({'curve': trainer.curve}, f)
     return trainers
 
-# %% ../nbs/08b_distill.ipynb #cf140a63
+# %% ../nbs/08b_distill.ipynb #6d4f9765
 @dataclass
 class Distilled:
     "A student, and how it came to be."
@@ -94,12 +95,13 @@ def quick_distill(
     if len(answers) < 2: raise BadInput('one answer is too few: at least one has to be left to judge by')
     kept = max(1, round(heldout*len(answers)))
     test, train = answers[:kept], answers[kept:]
-    config = DistillConfig(str(out/'student'), **{'num_train_epochs': num_epochs} | training)
+    config = DistillConfig(str(out/'run'), **{'num_train_epochs': num_epochs} | training)
     trainer = DistillTrainer(model, config, train, tokenizer, eval_dataset=test, on_event=on_event)
     before = evaluate(model, test, tokenizer)
     trainer.train()
-    trainer.save_model()
-    return Distilled(model, tokenizer, trainer, before, evaluate(model, test, tokenizer), out/'student')
+    after = evaluate(model, test, tokenizer)
+    save_student(model, tokenizer, out/'student', Card.of(answers, {'before': before, 'after': after}))
+    return Distilled(model, tokenizer, trainer, before, after, out/'student')
 
 def _sorted(options: dict) -> tuple[dict, dict]:
     "What is for training, and what for asking."
@@ -128,5 +130,4 @@ def _student(student, teacher):
     if isinstance(student, torch.nn.Module):
         if theirs is None: raise BadInput('a model in memory needs its tokenizer: save it with it, and give the folder')
         return student, theirs
-    place = find_model(student)
-    return load_model(place, dtype=torch.float32), load_tokenizer(place)
+    return load_student(student), load_tokenizer(find_model(student))

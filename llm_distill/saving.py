@@ -105,7 +105,7 @@ class Card:
         columns = {} if scores is None else scores if isinstance(scores, dict) else {'student': scores}
         return cls(**{'teachers': [manifest] if manifest else [], 'data': data, 'scores': columns} | more)
 
-# %% ../nbs/07a_saving.ipynb #716c27b0
+# %% ../nbs/07a_saving.ipynb #0d136f49
 def _cell(value) -> str:
     if value is None: return 'not known'
     if isinstance(value, float): return f'{value:.4g}'
@@ -118,10 +118,17 @@ def _table(head: list, rows: list[list]) -> str:
     lines = [head, ['---']*len(head), *rows]
     return '\n'.join('| ' + ' | '.join(map(_cell, line)) + ' |' for line in lines)
 
+def _figures(scores) -> dict:
+    "Numbers by their name, with their intervals where there are any."
+    told = scores.as_dict() if hasattr(scores, 'as_dict') else asdict(scores) if is_dataclass(scores) else dict(scores)
+    ranges = told.get('intervals') or {}
+    def said(name, x): return x if name not in ranges else '{} [{}, {}]'.format(*map(_cell, (x, *ranges[name])))
+    numbers = {k: x for k, x in told.items() if x is None or type(x) in (int, float)}
+    return {k: said(k, x) for k, x in numbers.items()}
+
 def _columns(scores: dict) -> tuple[list, list[list]]:
     "A table of results: a row for each figure."
-    def plain(v): return v.as_dict() if hasattr(v, 'as_dict') else asdict(v) if is_dataclass(v) else dict(v)
-    dicts = {title: plain(v) for title, v in scores.items()}
+    dicts = {title: _figures(v) for title, v in scores.items()}
     names = list(dict.fromkeys(n for d in dicts.values() for n in d))
     return ['', *dicts], [[n, *(d.get(n) for d in dicts.values())] for n in names]
 
