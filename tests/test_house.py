@@ -16,8 +16,8 @@ PACKAGE = ROOT/'llm_distill'
 BIN = Path(sys.executable).parent
 # From the ground up; a module imports only from names to the left of its own.
 LAYERS = ['types', 'pricing', 'models', 'teachers', 'packing', 'database', 'tables', 'query', 'browse', 'cache',
-          'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'targets', 'losses', 'student', 'train',
-          'evaluate', 'report', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
+          'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'align', 'turns', 'targets', 'losses', 'student',
+          'train', 'evaluate', 'report', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
