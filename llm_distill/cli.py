@@ -180,9 +180,10 @@ def _add_cache(commands) -> None:
     add = action('copy', 'a copy for a drive on which no cache can live')
     add('to', help='the new file')
 
-# %% ../nbs/14_cli.ipynb #80186672
+# %% ../nbs/14_cli.ipynb #248a6c09
 _TRAIN = ('divergence', 'alpha', 'beta', 'temperature', 'top_k', 'max_length', 'packing', 'precision',
-          'learning_rate', 'seed', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'use_cpu',
+          'learning_rate', 'seed', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size',
+          'gradient_accumulation_steps', 'use_cpu',
           'freeze_embeddings')
 
 def _answers(path: str, model: str|None = None) -> list:
