@@ -1,0 +1,228 @@
+"The trainer as its users run it: several processes, checkpoints, interrupts, and the traps that others fell into."
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from llm_distill import DistillConfig, DistillTrainer, Shards, ShardWriter, create_teacher, make_examples
+from llm_distill.models import load_tokenizer
+from llm_distill.targets import collate
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(scope='module')
+def tokenizer(): return load_tokenizer('smollm2')
+
+
+def tiny(seed=0, **more):
+    torch.manual_seed(seed)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, eos_token_id=2, **size | more))
+
+
+def example(n, k=5, weight=1.):
+    lots, length = np.random.default_rng(n), 4 + n
+    ids = lots.integers(3, 999, length)
+    top = np.sort(np.log(lots.dirichlet(np.ones(k + 1), length)[:, :k]))[:, ::-1].astype(np.float32)
+    return {'input_ids': ids, 'labels': np.where(np.arange(length) < 3, -100, ids), 'top_logprobs': top,
+            'top_ids': np.stack([lots.permutation(999)[:k] for _ in ids]), 'soft': np.arange(length) >= 3,
+            'weight': np.float32(weight)}
+
+
+EXAMPLES = [example(n) for n in range(8)]
+PLAIN = dict(learning_rate=1e-2, optim='sgd', max_grad_norm=0., seed=1, precision='float32', use_cpu=True)
+
+
+def trainer(folder, tokenizer, model=None, examples=EXAMPLES, **config):
+    config = DistillConfig(str(folder), **PLAIN | config)
+    return DistillTrainer(tiny() if model is None else model, config, examples, tokenizer)
+
+
+def apart(a, b): return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
+
+
+def batch_loss(t, examples):
+    with torch.no_grad(): return t.compute_loss(t.model, collate(examples, 0)).item()
+
+
+# Peers' bugs ----------------------------------------------------------------------------------------------------------
+def test_trl_6006_and_axolotl_2692_accumulated_batches_are_one_batch(tmp_path, tokenizer):
+    "Of very different lengths and weights, so a mean of means would show."
+    lots = [example(n, weight=w) for n, w in zip((1, 30, 2, 25, 3, 9, 1, 40), (1, 2, 1, 1, 5, 1, 1, 1))]
+    big = trainer(tmp_path, tokenizer, examples=lots, per_device_train_batch_size=8, max_steps=2)
+    small = trainer(tmp_path, tokenizer, examples=lots, per_device_train_batch_size=1, gradient_accumulation_steps=8,
+                    max_steps=2)
+    for t in (big, small): t.train()
+    assert apart(big.model, small.model) < 1e-6
+
+
+def test_axolotl_3271_the_evaluation_has_the_scale_of_the_training(tmp_path, tokenizer):
+    t = trainer(tmp_path, tokenizer, per_device_eval_batch_size=8)
+    t.eval_dataset = EXAMPLES
+    assert t.evaluate()['eval_loss'] == pytest.approx(batch_loss(t, EXAMPLES), rel=1e-4)
+
+
+def test_atropos_456_the_targets_reach_the_loss(tmp_path, tokenizer):
+    "Columns that the model does not know are not dropped on the way."
+    t = trainer(tmp_path, tokenizer, per_device_train_batch_size=8)
+    batch = next(iter(t.get_train_dataloader()))
+    assert {'top_ids', 'top_logprobs', 'soft', 'weight'} <= set(batch)
+    other = [e | {'top_logprobs': e['top_logprobs'] - 1} for e in EXAMPLES]
+    assert abs(batch_loss(t, other) - batch_loss(t, EXAMPLES)) > 1e-3
+
+
+def test_ms_swift_8436_each_row_teaches_the_token_it_stands_at(tmp_path, tokenizer):
+    "A student that is trained on rows which say 'token i' at place i comes to say them, not their neighbours."
+    ids = np.arange(3, 11)
+    e = {'input_ids': ids, 'labels': np.where(np.arange(8) < 2, -100, ids), 'top_ids': ids[:, None],
+         'top_logprobs': np.zeros((8, 1), np.float32), 'soft': np.arange(8) >= 2, 'weight': np.float32(1)}
+    t = trainer(tmp_path, tokenizer, examples=[e]*4, max_steps=40, optim='adamw_torch', learning_rate=.05, alpha=1.,
+                beta=0.)
+    t.train()
+    with torch.no_grad(): said = t.model(torch.tensor(ids)[None]).logits[0].argmax(-1)
+    assert said[1:-1].tolist() == ids[2:].tolist()
+
+
+def test_padding_prompts_and_company_do_not_count(tmp_path, tokenizer):
+    t = trainer(tmp_path, tokenizer)
+    alone = [batch_loss(t, [e]) for e in EXAMPLES]
+    taught = [(e['labels'] != -100).sum() for e in EXAMPLES]
+    assert batch_loss(t, EXAMPLES) == pytest.approx(np.average(alone, weights=taught), rel=1e-5)
+    noise = [e | {'top_ids': np.where(e['labels'][:, None] < 0, 7, e['top_ids'])} for e in EXAMPLES]
+    assert batch_loss(t, noise) == batch_loss(t, EXAMPLES)
+
+
+def test_bf16_is_not_silently_ignored(tmp_path, tokenizer):
+    seen, t = [], trainer(tmp_path, tokenizer, precision='bf16', max_steps=1)
+    t.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    t.train()
+    assert seen[0] == torch.bfloat16 and next(t.model.parameters()).dtype == torch.float32
+
+
+def test_the_teacher_is_not_saved(tmp_path, tokenizer):
+    config = DistillConfig(str(tmp_path), max_steps=1, save_strategy='steps', save_steps=1, **PLAIN)
+    DistillTrainer(tiny(), config, EXAMPLES, tokenizer, teacher=tiny(1, hidden_size=32)).train()
+    size = (tmp_path/'checkpoint-1'/'model.safetensors').stat().st_size
+    assert size < 1.2*sum(p.numel()*4 for p in tiny().parameters())
+
+
+# What a Trainer's users know ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('more', [{'gradient_checkpointing': True}, {'precision': 'bf16'}, {'packing': True},
+                                  {'divergence': 'jsd', 'mix': .3, 'temperature': 2.}, {'freeze_embeddings': True}],
+                         ids=lambda more: '-'.join(more))
+def test_it_learns(tmp_path, tokenizer, more):
+    t = trainer(tmp_path, tokenizer, max_steps=25, optim='adamw_torch', logging_steps=1, **more)
+    t.train()
+    assert t.curve[-1]['loss'] < .99*t.curve[0]['loss']
+
+
+def test_a_dataset_of_shards_is_read_where_it_lies(tmp_path, tokenizer):
+    with ShardWriter(tmp_path/'shards', k=5) as out:
+        for e in EXAMPLES: out.append(e)
+    shards = Shards(tmp_path/'shards')
+    t = trainer(tmp_path, tokenizer, examples=shards, max_steps=2)
+    assert t.train_dataset is shards
+    t.train()
+    usual = trainer(tmp_path, tokenizer, max_steps=2)
+    usual.train()
+    assert apart(t.model, usual.model) < 1e-4  # what is stored is rounded
+
+
+def test_a_teacher_that_scores_corrects_what_the_student_writes(tmp_path, tokenizer):
+    "On-policy through the interface that remote teachers have."
+    answers = [{'role': 'user', 'content': 'Hi'}]
+    from llm_distill import Answer, Completion
+    examples = make_examples([Answer(answers, Completion('Hello there', finish_reason='stop'), {}, 0)]*2, tokenizer)
+    config = DistillConfig(str(tmp_path), max_steps=2, lmbda=1., rollout_tokens=4, logging_steps=1, **PLAIN)
+    t = DistillTrainer(tiny(), config, examples, tokenizer, teacher=create_teacher('local', 'smollm2'))
+    t.train()
+    assert t.curve[-1]['kl'] > 0
+
+
+TRAIN = '''
+import json, sys, warnings
+sys.path.insert(0, sys.argv[1])
+from test_train import DistillConfig, DistillTrainer, EXAMPLES, PLAIN, load_tokenizer, tiny
+config = DistillConfig(sys.argv[2], max_steps=4000, **PLAIN)
+t = DistillTrainer(tiny(), config, EXAMPLES, load_tokenizer('smollm2'), on_event=lambda e: print(e.done, flush=True))
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    t.train()
+t.train_dataset, t.args.max_steps = EXAMPLES, t.state.global_step + 2
+before = t.state.global_step
+t.train(resume_from_checkpoint=True)
+print(json.dumps([before, t.state.global_step]), flush=True)
+'''
+
+
+def test_an_interrupt_keeps_a_checkpoint_and_the_trainer(tmp_path):
+    words = [sys.executable, '-c', TRAIN, str(Path(__file__).parent), str(tmp_path)]
+    worker = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while worker.stdout.readline().strip() not in ('3', ''): pass
+    worker.send_signal(signal.SIGINT)
+    out, err = worker.communicate(timeout=120)
+    assert worker.returncode == 0, err[-2000:]
+    before, after = json.loads(out.splitlines()[-1])
+    assert 3 <= before < 4000 and after == before + 2 and (tmp_path/f'checkpoint-{before}').exists()
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def student(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp('student')/'tiny'
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def answers(tmp_path_factory):
+    path = tmp_path_factory.mktemp('answers')/'answers.jsonl'
+    texts = ['Yes.', 'A long answer about rivers and the sea.', 'No', 'Perhaps, if it rains.', 'Four', 'I do not know.',
+             'It is blue.', 'Because light is scattered by air.']
+    rows = [{'messages': [{'role': 'user', 'content': f'Question {i}?'}, {'role': 'assistant', 'content': text}]}
+            for i, text in enumerate(texts)]
+    path.write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    return path
+
+
+def train(launcher, answers, student, out, size):
+    "The command; gives its curve."
+    words = ['train', answers, '--student', student, '--out', out, '--max-steps', 4, '--precision', 'float32',
+             '--per-device-train-batch-size', size, '--learning-rate', 0.01, '--use-cpu', '--set', 'logging_steps=1']
+    done = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, timeout=240,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out/'train.json').read_text())['curve']
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path, answers, student):
+    one = train([sys.executable, '-m', 'llm_distill.cli'], answers, student, tmp_path/'one', 4)
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+              '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
+              '-m', 'llm_distill.cli']  # --multi_gpu alone starts several; train --use-cpu keeps them on the CPU
+    two = train(launch, answers, student, tmp_path/'two', 2)
+    assert [p['step'] for p in one] == [p['step'] for p in two] == [1, 2, 3, 4]
+    for a, b in zip(one, two): assert abs(a['loss'] - b['loss']) < 1e-4, (one, two)
+    assert (tmp_path/'two'/'student'/'model.safetensors').exists()
+    assert 'model' in (tmp_path/'two'/'student'/'README.md').read_text().lower()
+
+
+def test_a_batch_that_does_not_fit_says_what_to_lower(tmp_path, tokenizer, monkeypatch):
+    t = trainer(tmp_path, tokenizer, per_device_train_batch_size=8, max_steps=1)
+    def full(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory')
+    t.model.model.layers[0].register_forward_hook(full)
+    with pytest.raises(MemoryError, match='per_device_train_batch_size=4 .it is 8. and gradient_accumulation_steps=2'):
+        t.train()
+
+
+def test_warnings_do_not_come_from_us(tmp_path, tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        trainer(tmp_path, tokenizer, max_steps=1).train()
