@@ -25,7 +25,7 @@ _HOMES = {
     'targets': ['LowCoverage', 'TargetMaker', 'make_examples', 'shift_check'],
     'shards': ['ShardWriter', 'Shards'],
     'capture': ['capture'],
-    'device': ['device_report', 'tune_allocator'],
+    'device': ['device_report'],
     'importance': ['layer_importance', 'measure_importance'],
     'student': ['new_student', 'prune'],
     'saving': ['Card', 'load_student', 'save_student'],

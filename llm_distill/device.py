@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['cpu_flags', 'cpu_name', 'Choice', 'choose', 'product_speed', 'step_flops', 'DeviceReport', 'device_report',
-           'tune_allocator']
+           'kept_memory']
 
-# %% ../nbs/06c_device.ipynb #4f3fac17
+# %% ../nbs/06c_device.ipynb #10d8c5fa
 import ctypes
 import platform
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -139,10 +140,18 @@ def device_report(
     share = None if flops_per_second is None else flops_per_second/1e9/speeds[choice.precision]
     return DeviceReport(choice, name, torch.get_num_threads(), speeds, share)
 
-# %% ../nbs/06c_device.ipynb #21d79681
-def tune_allocator() -> bool: # Whether there was something to tune
-    "Keep freed memory in the process (Linux with glibc)."
+# %% ../nbs/06c_device.ipynb #8c337361
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # names of malloc.h
+
+@contextmanager
+def kept_memory():
+    "Keep freed memory in the process (Linux with glibc; elsewhere nothing happens)."
     try: libc = ctypes.CDLL('libc.so.6')
-    except OSError: return False
-    m_mmap_max, m_trim_threshold = -4, -1   # names of malloc.h
-    return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, -1))
+    except OSError: yield False; return
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
+    try: yield True
+    finally:
+        for name, value in ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26)):
+            libc.mallopt(name, value)
+        libc.malloc_trim(0)

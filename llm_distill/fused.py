@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Head', 'head_of', 'Sparse', 'Dense', 'Text', 'fused_loss', 'plain_loss', 'chosen_logprobs']
 
-# %% ../nbs/06a_fused.ipynb #59f4af4d
+# %% ../nbs/06a_fused.ipynb #61d95d2d
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,15 +13,20 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .losses import LOWEST, SplitRows, forward_kl, teacher_outcomes, tempered, topk_tail_kl
+from .losses import LOWEST, SplitRows, forward_kl, put_in_rows, teacher_outcomes, tempered, topk_tail_kl
 
-# %% ../nbs/06a_fused.ipynb #37568ca9
+# %% ../nbs/06a_fused.ipynb #0d1d9831
 class Head(NamedTuple):
     "What makes logits of the last hidden state."
     weight: torch.Tensor              # (V, H)
     bias: torch.Tensor|None = None    # (V,)
     scale: float = 1.                 # The logits are multiplied by this (Cohere, Granite),
     softcap: float|None = None        # and then softly kept within +-softcap (Gemma 2)
+
+    def product(self, hidden: torch.Tensor) -> torch.Tensor: # (N, V), as `hidden` is, or float32
+        "The logits, as they are cheapest."
+        plain = self.bias is None and self.scale == 1 and self.softcap is None
+        return hidden @ self.weight.to(hidden.dtype).T if plain else self.logits(hidden)
 
     def logits(
         self, hidden: torch.Tensor, # (N, H)
@@ -48,7 +53,26 @@ def head_of(
     cap = getattr(config, 'final_logit_softcapping', None)
     return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)
 
-# %% ../nbs/06a_fused.ipynb #3eec80c3
+# %% ../nbs/06a_fused.ipynb #ce286354
+_BLOCK = 2**19  # numbers, 2 MB in float32
+
+def _blocks(z: torch.Tensor): # Each block, and room for it in float32
+    width = z.shape[1] if z.device.type != 'cpu' else max(64, _BLOCK//len(z))
+    room = torch.empty(len(z), min(width, z.shape[1]), device=z.device)
+    for block in z.split(width, 1): yield block, room[:, :block.shape[1]]
+
+def _logsumexp(z: torch.Tensor, dim: int) -> torch.Tensor: # (n, V) -> (n,) float32
+    "As torch's, along the last dimension."
+    top, total = z.amax(dim, keepdim=True).float().clamp_min(torch.finfo(torch.float32).min), 0.
+    for block, room in _blocks(z): total = total + room.copy_(block).sub_(top).exp_().sum(dim)
+    return total.log_() + top[:, 0]
+
+def _exp_times(z: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor: # (n, V), (n, 1), (n, 1)
+    "exp(z - shift)*factor, in place of z."
+    for block, room in _blocks(z): block.copy_(room.copy_(block).sub_(shift).exp_().mul_(factor))
+    return z
+
+# %% ../nbs/06a_fused.ipynb #16d0492d
 @dataclass
 class Sparse:
     "What a teacher shows of its distribution: its likeliest tokens, or draws."
@@ -61,8 +85,8 @@ class Sparse:
 
     def step(self, z, rows, labels, w_div, w_ce, divergence, temperature, with_grad):
         "Divergence and cross-entropy of some rows (n,), and the gradient of their weighted sum (n, V), in place of z."
-        chosen = z.gather(1, labels)
-        split = SplitRows(z, self.ids[rows], self.logprobs[rows], overwrite=True)
+        chosen = z.gather(1, labels).float()
+        split = SplitRows(z, self.ids[rows], self.logprobs[rows], overwrite=True, logsumexp=_logsumexp)
         log_q = split.log_q.clamp_min(LOWEST).requires_grad_(with_grad)
         log_p = tempered(teacher_outcomes(self.logprobs[rows]), temperature)
         with torch.set_grad_enabled(with_grad):
@@ -72,9 +96,9 @@ class Sparse:
         if not with_grad: return apart, ce, None
         q, w = log_q.detach().exp(), w_ce[:, None]
         at_outcomes = g - q*(g.sum(1, keepdim=True) - w)
-        grad = z.sub_(split.rest).exp_().mul_(at_outcomes[:, -1:])
-        grad.scatter_(1, split.ids, self._shown(at_outcomes, split, grad))
-        return apart.detach(), ce, grad.scatter_add_(1, labels, -w)
+        grad = _exp_times(z, split.rest, at_outcomes[:, -1:])
+        put_in_rows(grad, split.ids, self._shown(at_outcomes.to(z.dtype), split, grad))
+        return apart.detach(), ce, put_in_rows(grad, labels, -w, add=True)
 
     @staticmethod
     def _shown(at_outcomes, split, grad):
@@ -83,7 +107,7 @@ class Sparse:
         shown = torch.where(split.used, at_outcomes[:, :-1], at_outcomes.gather(1, first))
         return torch.where(split.used.any(1, keepdim=True), shown, grad.gather(1, split.ids))
 
-# %% ../nbs/06a_fused.ipynb #ec8d26e2
+# %% ../nbs/06a_fused.ipynb #237d5ea0
 @dataclass
 class Dense:
     "A teacher's whole distribution, by way of its hidden states."
@@ -100,34 +124,34 @@ class Dense:
     def step(self, z, rows, labels, w_div, w_ce, divergence, temperature, with_grad):
         "As that of `Sparse`."
         with torch.set_grad_enabled(with_grad):
-            z.requires_grad_(with_grad)
+            z = z.float().requires_grad_(with_grad)
             apart = self.apart(z, rows, divergence, temperature)
             ce = z.logsumexp(1) - z.gather(1, labels)[:, 0]
             if with_grad: grad, = torch.autograd.grad((apart*w_div + ce*w_ce).sum(), z)
         return apart.detach(), ce.detach(), grad if with_grad else None
 
-# %% ../nbs/06a_fused.ipynb #fb499ee5
+# %% ../nbs/06a_fused.ipynb #c54faefa
 class Text:
     "No distribution; every token is its own target."
     def apart(self, z, rows, divergence, temperature): return torch.zeros_like(z[:, 0])
 
     def step(self, z, rows, labels, w_div, w_ce, divergence, temperature, with_grad):
         "As that of `Sparse`; the divergence is 0."
-        whole = z.logsumexp(1, keepdim=True)
+        whole = _logsumexp(z, 1)[:, None]
         ce = (whole - z.gather(1, labels))[:, 0]
         if not with_grad: return torch.zeros_like(ce), ce, None
         w = w_ce[:, None]
-        return torch.zeros_like(ce), ce, z.sub_(whole).exp_().mul_(w).scatter_add_(1, labels, -w)
+        return torch.zeros_like(ce), ce, put_in_rows(_exp_times(z, whole, w), labels, -w, add=True)
 
-# %% ../nbs/06a_fused.ipynb #e19a1669
+# %% ../nbs/06a_fused.ipynb #dda67810
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
     near = head._replace(weight=weight.to(hidden.dtype))          # one rounding for all terms
     grad_hidden, parts = torch.empty_like(hidden), []
-    grad_weight = torch.zeros(weight.shape, device=weight.device) if weight.requires_grad else None
+    grad_weight = None
     grad_bias = None if bias is None else torch.zeros(bias.shape, device=bias.device)
     for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-        z = near.logits(hidden[rows])
+        z = near.product(hidden[rows])
         kept = z.clone() if head.softcap else None                 # its slope is needed again
         *part, grad = target.step(z, rows, labels[rows, None], w_div[rows], w_ce[rows], *how, True)
         parts.append(part)
@@ -135,7 +159,7 @@ def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, ho
         if grad_bias is not None: grad_bias += grad.sum(0)
         grad = grad.to(hidden.dtype)
         grad_hidden[rows] = grad @ near.weight
-        if grad_weight is not None: _add_product(grad_weight, grad, hidden[rows])
+        if weight.requires_grad: grad_weight = _plus_product(grad_weight, grad, hidden[rows])
     as_they_are = (None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
     return [torch.cat(x) for x in zip(*parts)], grad_hidden, *as_they_are
 
@@ -152,11 +176,11 @@ class _Fused(torch.autograd.Function):
         as_it_is = grad.device.type == 'cpu' and grad.item() == 1  # the head's gradient is large
         return *(g if g is None or as_it_is else g*grad for g in ctx.saved_tensors), *[None]*7
 
-def _add_product(total, grad, hidden): # (V, H) += (n, V)^T (n, H), summed in float32
-    if grad.dtype == total.dtype: total.addmm_(grad.T, hidden)
-    else: total += grad.T @ hidden
+def _plus_product(total, grad, hidden): # (V, H) + (n, V)^T (n, H), summed in float32
+    if total is None: return (grad.T @ hidden).float()
+    return total.addmm_(grad.T, hidden) if grad.dtype == total.dtype else total.add_(grad.T @ hidden)
 
-# %% ../nbs/06a_fused.ipynb #5e3e133c
+# %% ../nbs/06a_fused.ipynb #2bb77ecd
 def fused_loss(
     hidden: torch.Tensor,       # What the student's head reads, (N, H), float32, bfloat16 or float16
     head: Head,                 # The student's
@@ -166,7 +190,7 @@ def fused_loss(
     w_ce: torch.Tensor,         # Weight of the cross-entropy, likewise
     divergence: Callable = forward_kl, # Of log_p and log_q, see `llm_distill.losses`
     temperature: float = 1.,    # Above 0; the divergence is multiplied by its square
-    chunk: int = 256,           # Rows whose logits exist at the same time
+    chunk: int = 512,           # Rows whose logits exist at the same time
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The weighted sum; divergences and cross-entropies (N,), nats
     "A divergence mixed with cross-entropy, from hidden states, without ever holding all logits."
     how = divergence, temperature
@@ -188,7 +212,7 @@ def plain_loss(
     ce = F.cross_entropy(logits.float(), labels, reduction='none')
     return (apart*w_div).sum() + (ce*w_ce).sum(), apart.detach(), ce.detach()
 
-# %% ../nbs/06a_fused.ipynb #55898d3f
+# %% ../nbs/06a_fused.ipynb #cba7d097
 class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, labels, chunk):
@@ -208,7 +232,7 @@ def chosen_logprobs(
     hidden: torch.Tensor, # What the student's head reads, (N, H)
     head: Head,
     labels: torch.Tensor, # (N,)
-    chunk: int = 256,     # Rows whose logits exist at the same time
+    chunk: int = 512,     # Rows whose logits exist at the same time
 ) -> torch.Tensor:        # (N,) natural logs, with a gradient
     "The logprob of each written token."
     return _Chosen.apply(hidden, head.weight, head.bias, head, labels, chunk)

@@ -182,16 +182,18 @@ def encode_chat(
         except TemplateError as e: raise BadInput(f"the model's chat template refuses this conversation: {e}") from e
     return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
 
-# %% ../nbs/01a_models.ipynb #6695e1ca
+# %% ../nbs/01a_models.ipynb #700df500
 def last_hidden(
     model,         # A causal LM, or a wrapper around one
     inputs: dict,  # With input_ids and attention_mask or, of packed rows, position_ids, (B, L)
     inner=None,    # The model inside of the wrapper
 ) -> torch.Tensor: # (B, L, H)
-    "What the head reads, by way of the model's own forward."
+    "What the head reads; by way of the wrapper's forward where there is one, which may have work to do."
     text = {name: inputs[name] for name in ('input_ids', 'attention_mask', 'position_ids') if name in inputs}
     seen, inner = [], inner or model
+    alone = model is inner
     if hasattr(inner, 'get_base_model'): inner = inner.get_base_model()  # peft calls something else its base_model
+    if alone: return inner.base_model(**text, use_cache=False)[0]
     hook = inner.base_model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try: model(**text, use_cache=False, logits_to_keep=1)
     finally: hook.remove()

@@ -47,7 +47,7 @@ def _weights(batch, taught): # Of each taught token; an example's is that of all
     if weight is None: return ones[taught]
     return (ones*weight[:, None] if weight.ndim == 1 else weight[:, 1:])[taught]
 
-# %% ../nbs/06b_objective.ipynb #9e0d45e6
+# %% ../nbs/06b_objective.ipynb #980f8e8d
 @dataclass(frozen=True)
 class Objective:
     "How much of what is learnt."
@@ -56,7 +56,7 @@ class Objective:
     alpha: float = .8               # Weight of what the teacher gave, 0 or more
     beta: float = .2                # Weight of the cross-entropy on the written tokens, 0 or more
     temperature: float = 1.         # Above 0; on both sides of the divergence
-    chunk: int = 256                # Tokens whose logits exist at the same time
+    chunk: int = 512                # Tokens whose logits exist at the same time
 
     def __post_init__(self):
         find_divergence(self.divergence, self.mix)

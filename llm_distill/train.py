@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'EventCallback', 'SampleCallback', 'DistillTrainer']
 
-# %% ../nbs/08_train.ipynb #b0423232
+# %% ../nbs/08_train.ipynb #5c6d30be
 import random
 import signal
 import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .device import choose
+from .device import choose, kept_memory
 from .fused import head_of
 from .models import encode_chat, last_hidden, no_progress_bars
 from .objective import Objective, taught_weight
@@ -29,7 +29,7 @@ from .sequences import collate_packed
 from .targets import collate, make_examples
 from .types import BadInput, Event, Listener, NotFinite, OutOfMemory
 
-# %% ../nbs/08_train.ipynb #d4c2bfe5
+# %% ../nbs/08_train.ipynb #8f46b965
 def _option(default, help): return field(default=default, metadata={'help': help})
 
 @dataclass
@@ -44,7 +44,7 @@ class DistillConfig(TrainingArguments):
     top_k: int = _option(20, "The teacher's alternatives kept at each token, 1 or more.")
     max_length: int = _option(1024, 'Longest example in tokens; the rest is cut and counted.')
     packing: bool = _option(False, 'Put several short examples into one row of max_length tokens.')
-    chunk: int = _option(256, 'Tokens whose logits exist at the same time.')
+    chunk: int = _option(512, 'Tokens whose logits exist at the same time.')
     precision: str = _option('auto', 'Of matrix products: "auto", "float32", "bf16" or "fp16".')
     freeze_embeddings: bool = _option(False, 'Leave embeddings and head alone; see below.')
     lmbda: float = _option(0., 'Share of the batches whose answers the student writes itself, 0 to 1; needs a teacher.')
@@ -135,7 +135,7 @@ class _Teaching:
         rows = None if self.reads else score_rows(self.teacher, self.processing_class, prompts, said, self.args.top_k)
         return self.data_collator(as_examples(prompts, said, rows)) if any(said) else batch
 
-# %% ../nbs/08_train.ipynb #74aef5b5
+# %% ../nbs/08_train.ipynb #8164401c
 class _Stopper(TrainerCallback):
     "Ends training after a step, with a checkpoint."
     def __init__(self, trainer): self.trainer = trainer
@@ -172,12 +172,14 @@ class _Running:
         "From any thread: end after the step that is being taken, with a checkpoint."
         self.stopping = True
 
+    def _memory(self): return kept_memory() if self.args.choice.device == 'cpu' else nullcontext()
+
     def train(self, *args, **kwargs):
         "As `Trainer.train`; leaves a student that computes in its own precision, ready to be judged."
         self.stopping, before = False, torch.get_float32_matmul_precision()
         self.args.choice.apply()
         try:
-            with _interrupts(self): done = super().train(*args, **kwargs)
+            with _interrupts(self), self._memory(): done = super().train(*args, **kwargs)
         except Exception as e:
             if not _too_large(e): raise
             raise OutOfMemory(f'a batch does not fit into memory; {_what_to_lower(self.args)}') from e
@@ -188,7 +190,7 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #6cd05803
+# %% ../nbs/08_train.ipynb #c3de8181
 class DistillTrainer(_Teaching, _Running, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -230,7 +232,8 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         inner = self.accelerator.unwrap_model(model)
         head = head_of(inner)
         if head is None: read = self._logits(model, inputs)
-        else: read = self._for_products(last_hidden(model, inputs, inner))
+        else:
+            with self.accelerator.autocast(): read = self._for_products(last_hidden(model, inputs, inner))
         parts = self.objective(read, head, inputs, self._read(inputs), shares/items)
         if model.training: self._account(parts, inputs)
         return (parts.loss, {}) if return_outputs else parts.loss
