@@ -553,6 +553,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llm_distill/progress.py'),
                                       'llm_distill.progress.Progress.__init__': ( 'progress.html#progress.__init__',
                                                                                   'llm_distill/progress.py'),
+                                      'llm_distill.progress.Progress._say': ('progress.html#progress._say', 'llm_distill/progress.py'),
                                       'llm_distill.progress.Progress.close': ('progress.html#progress.close', 'llm_distill/progress.py'),
                                       'llm_distill.progress._numbers': ('progress.html#_numbers', 'llm_distill/progress.py')},
             'llm_distill.prompts': { 'llm_distill.prompts.Drawn': ('prompts.html#drawn', 'llm_distill/prompts.py'),

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .types import Event
 
-# %% ../nbs/12_progress.ipynb #2fe76b89
+# %% ../nbs/12_progress.ipynb #2efffff1
 class Progress:
     "A bar for each job, in a terminal or under a cell."
     def __init__(
@@ -23,6 +23,7 @@ class Progress:
         self.file, self.labels, self.bars = file or sys.stderr, labels or {}, {}
 
     def __call__(self, event: Event) -> None:
+        if 'samples' in event.metrics: return self._say(event)
         bar = self.bars.get(event.job)
         if bar is None:
             bar = self.bars[event.job] = tqdm(total=event.total, initial=event.done, file=self.file, dynamic_ncols=True,
@@ -30,6 +31,12 @@ class Progress:
         if event.metrics: bar.set_postfix_str(_numbers(event.metrics), refresh=False)
         bar.update(event.done - bar.n)
         if event.total is not None and event.done >= event.total: self.bars.pop(event.job).close()
+
+    def _say(self, event: Event) -> None:
+        "What a student answers on the way, above the bars."
+        for s in event.metrics['samples']:
+            words = ' '.join(f'{s["prompt"][:60]} -> {s["student"]}'.split())
+            tqdm.write(f'step {event.done}: {words[:160]}', file=self.file)
 
     def close(self) -> None:
         "Leave unfinished bars as they are."

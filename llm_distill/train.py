@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'EventCallback', 'SampleCallback', 'DistillTrainer']
 
-# %% ../nbs/08_train.ipynb #5c6d30be
+# %% ../nbs/08_train.ipynb #0865d995
 import random
 import signal
 import threading
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from .sequences import collate_packed
 from .targets import collate, make_examples
 from .types import BadInput, Event, Listener, NotFinite, OutOfMemory
 
-# %% ../nbs/08_train.ipynb #8f46b965
+# %% ../nbs/08_train.ipynb #c6b29e7b
 def _option(default, help): return field(default=default, metadata={'help': help})
 
 @dataclass
@@ -66,6 +67,7 @@ class DistillConfig(TrainingArguments):
         self.objective()  # says what is wrong
         if self.top_k < 1: raise BadInput(f'top_k must be 1 or more, not {self.top_k}')
         if not 0 <= self.lmbda <= 1: raise BadInput(f'lmbda is a share, 0 to 1, not {self.lmbda}')
+        if self.lmbda and self.packing: raise BadInput('what a student writes is not packed: packing=False, or lmbda=0')
         asked = 'bf16' if self.bf16 else 'fp16' if self.fp16 else self.precision
         self.choice = choose('cpu' if self.use_cpu else None, asked)
         self.bf16, self.fp16 = self.choice.precision == 'bf16', self.choice.precision == 'fp16'
@@ -101,7 +103,7 @@ class SampleCallback(TrainerCallback):
         rows = [{'prompt': a.prompt, 'teacher': a.text, 'student': text} for a, text in zip(self.asked, texts)]
         self.on_event(Event('sample', state.global_step, state.max_steps, {'samples': rows}))
 
-# %% ../nbs/08_train.ipynb #a9399fd1
+# %% ../nbs/08_train.ipynb #f9b30804
 class _Teaching:
     "The part of the trainer that knows the teacher."
     def _set_teacher(self, teacher):
@@ -113,6 +115,8 @@ class _Teaching:
         if min(theirs, ours) < len(self.processing_class):
             raise BadInput(f'a teacher in memory needs the {len(self.processing_class)} tokens of the student, '
                            f'and has {theirs}: collect its answers instead')
+        if head_of(teacher) is None:
+            raise BadInput('the head of this teacher is no plain matrix (in 8 or 4 bits?): load it in bfloat16')
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -190,7 +194,7 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #c3de8181
+# %% ../nbs/08_train.ipynb #84c3580f
 class DistillTrainer(_Teaching, _Running, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -215,7 +219,8 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         super().__init__(model, args, train_dataset=examples(train_dataset), eval_dataset=examples(eval_dataset),
                          data_collator=pack, processing_class=processing_class, **kwargs)
         if args.n_gpu > 1: args._n_gpu = 1  # several GPUs are for `accelerate launch`
-        self.objective, self.curve, self._parts, self.stopping = args.objective(), [], defaultdict(float), False
+        self.objective, self.curve, self.stopping = args.objective(), [], False
+        self._parts, self._since = defaultdict(float), time.perf_counter()
         self._set_teacher(teacher)
         self.remove_callback(PrinterCallback)  # numbers go to on_event and to `curve`
         self.add_callback(_Stopper(self))
@@ -272,11 +277,13 @@ class DistillTrainer(_Teaching, _Running, Trainer):
 
     def log(self, logs, *args, **kwargs):
         if 'loss' in logs and self._parts:
-            part = self._parts
+            part, now = self._parts, time.perf_counter()
+            logs['tok/s'] = part['tokens']/(now - self._since)
             logs |= {name: part[name]/part[name + ' weight'] for name in ('kl', 'alm', 'ce') if part[name + ' weight']}
             point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce') if k in logs}
             self.curve.append({'step': self.state.global_step, **point})
             part.clear()
+            self._since = now
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args, **kwargs):

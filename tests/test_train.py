@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llm_distill import DistillConfig, DistillTrainer, Shards, ShardWriter, create_teacher, make_examples
+from llm_distill import (Answer, Completion, DistillConfig, DistillTrainer, Shards, ShardWriter, create_teacher,
+                         make_examples)
 from llm_distill.models import load_tokenizer
 from llm_distill.targets import collate
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -137,12 +138,32 @@ def test_a_dataset_of_shards_is_read_where_it_lies(tmp_path, tokenizer):
 def test_a_teacher_that_scores_corrects_what_the_student_writes(tmp_path, tokenizer):
     "On-policy through the interface that remote teachers have."
     answers = [{'role': 'user', 'content': 'Hi'}]
-    from llm_distill import Answer, Completion
     examples = make_examples([Answer(answers, Completion('Hello there', finish_reason='stop'), {}, 0)]*2, tokenizer)
     config = DistillConfig(str(tmp_path), max_steps=2, lmbda=1., rollout_tokens=4, logging_steps=1, **PLAIN)
     t = DistillTrainer(tiny(), config, examples, tokenizer, teacher=create_teacher('local', 'smollm2'))
     t.train()
     assert t.curve[-1]['kl'] > 0
+
+
+def test_samples_are_shown_on_the_way(tmp_path, tokenizer):
+    told = [Answer([{'role': 'user', 'content': f'Question {i}?'}], Completion('Yes', finish_reason='stop'), {}, 0)
+            for i in range(4)]
+    config, seen = DistillConfig(str(tmp_path), max_steps=4, sample_frequency=2, sample_tokens=3, **PLAIN), []
+    DistillTrainer(tiny(), config, told, tokenizer, eval_dataset=told, on_event=seen.append).train()
+    samples = [e for e in seen if e.job == 'sample']
+    assert [e.done for e in samples] == [2, 4]
+    assert [row['prompt'] for row in samples[0].metrics['samples']] == ['Question 0?', 'Question 1?', 'Question 2?']
+    assert samples[0].metrics['samples'][0]['teacher'] == 'Yes'
+    assert [e for e in seen if e.job == 'train'][-1].done == 4
+
+
+def test_what_cannot_be_is_said_before_it_starts(tmp_path, tokenizer):
+    for wrong, words in (({'lmbda': .5, 'packing': True}, 'not packed'), ({'divergence': 'kl'}, 'one of forward_kl'),
+                         ({'precision': 'half'}, 'bf16'), ({'temperature': 0.}, 'above 0')):
+        with pytest.raises(ValueError, match=words): DistillConfig(str(tmp_path), **PLAIN | wrong)
+    with pytest.raises(ValueError, match='collect its answers'):
+        DistillTrainer(tiny(), DistillConfig(str(tmp_path), **PLAIN), EXAMPLES, tokenizer, teacher=LlamaForCausalLM(
+            LlamaConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)))
 
 
 TRAIN = '''
