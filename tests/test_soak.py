@@ -77,7 +77,8 @@ def test_stray_refusals_of_a_provider_that_tells_no_limits(tmp_path):
     "1 in 20 requests is refused, however few they are."
     lean, stop = Lean(tmp_path/'account', 'silent'), threading.Event()
     threading.Timer(12, stop.set).start()
-    with create_teacher('openai', 'gpt-4o', 'k', f'http://127.0.0.1:{lean.port}/v1', price=PRICE, retry_delay=.5) as t:
+    with create_teacher('openai', 'gpt-4o', 'k', f'http://127.0.0.1:{lean.port}/v1', price=PRICE, timeout=5,
+                        retry_delay=.5) as t:
         found = collect([f'Question {i}' for i in range(600)], t, tmp_path/'a.db', stop=stop)
     lean.stop()
     assert len(found) > 300, f'{len(found)} answers in 12 s: {t.rate}'
