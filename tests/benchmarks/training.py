@@ -124,7 +124,9 @@ def settings(job) -> dict:
 
 def make_ours(job, student, rows=None, **config):
     from llm_distill.train import DistillConfig, DistillTrainer
-    return DistillTrainer(load(student, job['device']), DistillConfig(**settings(job), **config), rows or targets(job),
+    more = {'precision': job['dtype']} if job['dtype'] in ('float32', 'bf16') else {}
+    args = DistillConfig(**settings(job), **more, **config)
+    return DistillTrainer(load(student, job['device']), args, rows or targets(job),
                           load_tokenizer(student))
 
 
@@ -310,7 +312,7 @@ def show(found) -> None:
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--json', action='store_true', help='print JSON alone')
-    parser.add_argument('--dtype', default='float32,bf16,default', help='the first gives the figures at the '
+    parser.add_argument('--dtype', default='default,float32,bf16', help='the first gives the figures at the '
                         'top of the JSON; "default" leaves precision and checkpointing to each trainer')
     parser.add_argument('--steps', type=int, default=5, help=f'that count, after {WARM} that do not')
     parser.add_argument('--rounds', type=int, default=2, help='of all clients in turns; the best of each counts')
