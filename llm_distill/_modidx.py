@@ -346,6 +346,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llm_distill.distill._answers': ('distill.html#_answers', 'llm_distill/distill.py'),
                                      'llm_distill.distill._sorted': ('distill.html#_sorted', 'llm_distill/distill.py'),
                                      'llm_distill.distill._student': ('distill.html#_student', 'llm_distill/distill.py'),
+                                     'llm_distill.distill.hold_out': ('distill.html#hold_out', 'llm_distill/distill.py'),
                                      'llm_distill.distill.quick_distill': ('distill.html#quick_distill', 'llm_distill/distill.py'),
                                      'llm_distill.distill.train_phases': ('distill.html#train_phases', 'llm_distill/distill.py')},
             'llm_distill.evaluate': { 'llm_distill.evaluate.Scores': ('evaluate.html#scores', 'llm_distill/evaluate.py'),

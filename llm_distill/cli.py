@@ -180,7 +180,7 @@ def _add_cache(commands) -> None:
     add = action('copy', 'a copy for a drive on which no cache can live')
     add('to', help='the new file')
 
-# %% ../nbs/14_cli.ipynb #248a6c09
+# %% ../nbs/14_cli.ipynb #14faf05c
 _TRAIN = ('divergence', 'alpha', 'beta', 'temperature', 'top_k', 'max_length', 'packing', 'precision',
           'learning_rate', 'seed', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size',
           'gradient_accumulation_steps', 'use_cpu',
@@ -213,6 +213,7 @@ def _settings(args) -> dict:
     return found
 
 def _train(args) -> int:
+    from llm_distill.distill import hold_out
     from llm_distill.evaluate import evaluate
     from llm_distill.models import find_model, load_tokenizer
     from llm_distill.progress import Progress
@@ -222,9 +223,7 @@ def _train(args) -> int:
     from llm_distill.train import DistillConfig, DistillTrainer
     out, config = Path(args.out), DistillConfig(str(Path(args.out)/'run'), **_settings(args))
     answers, heldout = _answers(args.data, args.model), []
-    if args.heldout:
-        kept = max(1, round(args.heldout*len(answers)))
-        answers, heldout = answers[kept:], answers[:kept]
+    if args.heldout: answers, heldout = hold_out(answers, args.heldout)
     student = load_student(args.student, args.quantize, args.lora, device=config.choice.device)
     tokenizer = load_tokenizer(find_model(args.student))
     if args.keep_every > 1: student = prune(student, keep_every=args.keep_every)

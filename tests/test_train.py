@@ -235,6 +235,20 @@ def test_two_processes_give_the_curve_of_one(tmp_path, answers, student):
     assert 'model' in (tmp_path/'two'/'student'/'README.md').read_text().lower()
 
 
+def test_the_commands_judge_what_they_have_not_learnt_from(tmp_path, answers, student):
+    cli, out = [sys.executable, '-m', 'llm_distill.cli'], tmp_path/'out'
+    words = [*cli, 'train', answers, '--student', student, '--out', out, '--max-steps', '2', '--heldout', '.25',
+             '--use-cpu']
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((out/'train.json').read_text())
+    assert told['before']['prompts'] == told['after']['prompts'] == 2
+    words = [*cli, 'evaluate', out/'student', answers, '--json', tmp_path/'scores.json']
+    subprocess.run(list(map(str, words)), check=True, capture_output=True, timeout=240)
+    scores = json.loads((tmp_path/'scores.json').read_text())
+    assert scores['prompts'] == 8 and 1 < scores['perplexity'] < 1e6
+
+
 def test_a_batch_that_does_not_fit_says_what_to_lower(tmp_path, tokenizer, monkeypatch):
     t = trainer(tmp_path, tokenizer, per_device_train_batch_size=8, max_steps=1)
     def full(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory')
