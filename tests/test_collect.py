@@ -534,7 +534,8 @@ def test_a_kill_loses_nothing_that_was_acknowledged_and_nothing_is_asked_twice(k
             known = now
         last = ends(script(WORKER, p.url, db, n), 60)[1].splitlines()[-1]
         assert last == f'asked {n - len(known)} cached {len(known)}'
-        assert sum(asked(p).values()) - n <= 4*kills and len(asked(p)) == n
+        # a kill costs what is in the air (4) and, rarely, what is in the commit under way
+        assert sum(asked(p).values()) - n <= 5*kills and len(asked(p)) == n
 
 
 FULL = START + '''
