@@ -199,7 +199,7 @@ def hard_rows(
     ids[:, 0], logprobs[:, 0] = tokens, 0.
     return ids, logprobs
 
-# %% ../nbs/05a_align.ipynb #0202b30c
+# %% ../nbs/05a_align.ipynb #46e05e2b
 class _Writing:
     "Writes the targets down."
     def _targets(self, told, ids, spans, rows: TopK, ids_of: TokenMap, lead: bytes, road: str) -> Aligned:
@@ -218,6 +218,7 @@ class _Writing:
         by_target['label'] = int(told.sizes.sum()) - sum(by_target.values())
         shown = np.exp(np.nan_to_num(_known(rows.logprobs[at]), nan=-np.inf))
         mass = float(shown.sum()), float(shown[alternatives >= 0].sum())
+        if self.every_span: soft &= span < 0
         return Aligned(ids, top_ids, top_logprobs, soft, span, span_logprob, road, by_target, mass)
 
     def _alternatives(self, rows: TopK, at, ids_of: TokenMap, labels, lead: bytes, own_lead: bytes) -> np.ndarray:
@@ -242,7 +243,7 @@ class _Writing:
         last = np.append(span[1:] != span[:-1], True)[:len(span)] & (span >= 0)
         return span, np.where(last, sums[spans.student], np.nan).astype(np.float32), plural[spans.teacher]
 
-# %% ../nbs/05a_align.ipynb #50a6b1f8
+# %% ../nbs/05a_align.ipynb #dde7de6e
 class Aligner(_Writing):
     "Brings answers of any teacher into one student's tokens."
     def __init__(
@@ -251,7 +252,7 @@ class Aligner(_Writing):
         top_k: int = 20,           # Alternatives kept at each place
         align: str = 'auto',       # "own": the teacher has the student's tokenizer, "bytes": not, "auto" finds out
         same_as: dict[bytes, int]|None = None, # Tokens of the teacher that mean one of the student's, as its turn's end
-        every_span: bool = False,  # Number the 1:1 spans as well, for a loss over spans alone
+        every_span: bool = False,  # 1:1 places count by their likelihood too and not by a distribution, as in ALM
     ):
         if align not in ('auto', 'own', 'bytes'): raise BadInput(f'align is "auto", "own" or "bytes", not {align!r}')
         if top_k < 1: raise BadInput(f'top_k must be 1 or more, not {top_k}')

@@ -108,7 +108,7 @@ def _cache_copy(cache, args) -> None: print(f'written: {cache.copy_to(args.to)}'
 _ACTIONS = {'stats': _cache_stats, 'browse': _cache_browse, 'export': _cache_export, 'merge': _cache_merge,
             'copy': _cache_copy}
 
-# %% ../nbs/14_cli.ipynb #cc605937
+# %% ../nbs/14_cli.ipynb #bc996840
 def _add_collect(add) -> None:
     add('prompts', nargs='?', help='a .jsonl, .json, .csv, .tsv or .parquet file, or text with one prompt a line')
     add('--out', required=True, metavar='DIR', help='folder for the cache, the answers and the statistics')
@@ -139,12 +139,13 @@ def _add_collect(add) -> None:
     add('--resume', action='store_true', help='go on with the run in this folder, with what it was told')
 
 def _add_train(add) -> None:
-    add('data', help='a cache, or a .jsonl or .parquet of answers')
+    add('data', help='a cache, a .jsonl or .parquet of answers, or a folder from llm_distill.capture')
     add('--student', required=True, help='a model folder or hub name, or smollm2')
     add('--out', required=True, metavar='DIR', help='folder for the student, the checkpoints and the figures')
     add('--keep-every', type=int, default=1, metavar='N', help='cut the student down to one layer in so many first')
     add('--lora', type=int, metavar='RANK', help='train an adapter of this rank alone; needs peft')
     add('--quantize', choices=['int8', 'int4'], help='load the student in few bits, with --lora; needs bitsandbytes')
+    add('--teacher', help='a model folder or hub name to have in memory: it reads each batch itself')
     add('--model', help='learn from the answers of one model alone')
     add('--heldout', type=float, default=0., metavar='SHARE', help='of the answers, to judge by and not to learn from')
     add('--config', metavar='FILE', help='a JSON file with fields of DistillConfig')
@@ -180,7 +181,7 @@ def _add_cache(commands) -> None:
     add = action('copy', 'a copy for a drive on which no cache can live')
     add('to', help='the new file')
 
-# %% ../nbs/14_cli.ipynb #14faf05c
+# %% ../nbs/14_cli.ipynb #4f9bf09f
 _TRAIN = ('divergence', 'alpha', 'beta', 'temperature', 'top_k', 'max_length', 'packing', 'precision',
           'learning_rate', 'seed', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size',
           'gradient_accumulation_steps', 'use_cpu',
@@ -212,6 +213,19 @@ def _settings(args) -> dict:
         raise BadInput(f'DistillConfig has no {", ".join(sorted(unknown))}')
     return found
 
+def _taught(args, tokenizer):
+    "Answers, or examples in this tokenizer with a local teacher's distributions."
+    if not (Path(args.data)/'header.json').exists(): return _answers(args.data, args.model)
+    if getattr(args, 'heldout', 0):
+        raise BadInput('--heldout splits answers by prompt, and a folder of examples names none: capture those for '
+                       'llm-distill evaluate into a folder of their own')
+    from llm_distill.shards import Shards
+    return Shards(args.data, tokenizer=tokenizer)
+
+def _teacher(args, device: str|None = None):
+    from llm_distill.models import load_model
+    return load_model(args.teacher, device) if args.teacher else None
+
 def _train(args) -> int:
     from llm_distill.distill import hold_out
     from llm_distill.evaluate import evaluate
@@ -222,13 +236,14 @@ def _train(args) -> int:
     from llm_distill.tables import atomically
     from llm_distill.train import DistillConfig, DistillTrainer
     out, config = Path(args.out), DistillConfig(str(Path(args.out)/'run'), **_settings(args))
-    answers, heldout = _answers(args.data, args.model), []
+    tokenizer, heldout = load_tokenizer(find_model(args.student)), []
+    answers = _taught(args, tokenizer)
     if args.heldout: answers, heldout = hold_out(answers, args.heldout)
     student = load_student(args.student, args.quantize, args.lora, device=config.choice.device)
-    tokenizer = load_tokenizer(find_model(args.student))
+    teacher = _teacher(args, config.choice.device)
     if args.keep_every > 1: student = prune(student, keep_every=args.keep_every)
     with Progress(labels={'train': 'training'}) as show:
-        trainer = DistillTrainer(student, config, answers, tokenizer, on_event=show)
+        trainer = DistillTrainer(student, config, answers, tokenizer, teacher=teacher, on_event=show)
         before = evaluate(student, heldout, tokenizer) if heldout and config.process_index == 0 else None
         trainer.train(resume_from_checkpoint=args.resume or None)
     if trainer.stopping: return 130
@@ -243,13 +258,15 @@ def _train(args) -> int:
 
 def _evaluate(args) -> None:
     from llm_distill.evaluate import evaluate
+    from llm_distill.models import find_model, load_tokenizer
     from llm_distill.tables import atomically
-    scores = evaluate(args.student, _answers(args.data, args.model))
+    tokenizer = load_tokenizer(find_model(args.student))
+    scores = evaluate(args.student, _taught(args, tokenizer), tokenizer, teacher=_teacher(args))
     print(scores)
     if args.json:
         with atomically(args.json) as f: json.dump(scores.as_dict(), f, indent=2)
 
-# %% ../nbs/14_cli.ipynb #3707f8ca
+# %% ../nbs/14_cli.ipynb #d45d2f77
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill',
                                      description='From an API key to a small language model of your own.')
@@ -277,7 +294,8 @@ def _parser() -> argparse.ArgumentParser:
                        '; --resume goes on from the last checkpoint'))
     add = command('evaluate', _evaluate, "measure a student against its teacher's answers")
     add('student', help='a model folder or hub name')
-    add('data', help='a cache, or a .jsonl or .parquet of answers, that it has not learnt from')
+    add('data', help='what it has not learnt from, as for train')
+    add('--teacher', help='a model folder or hub name with the same tokens: KL over the whole vocabulary')
     add('--model', help='of one teacher alone')
     add('--json', metavar='FILE', help='write the scores as JSON')
     add = command('serve', _serve, 'serve a model behind an OpenAI-compatible API')

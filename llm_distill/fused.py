@@ -53,8 +53,9 @@ def head_of(
     cap = getattr(config, 'final_logit_softcapping', None)
     return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)
 
-# %% ../nbs/06a_fused.ipynb #ce286354
+# %% ../nbs/06a_fused.ipynb #c66b7396
 _BLOCK = 2**19  # numbers, 2 MB in float32
+_COLUMNS = 2**13    # of a gradient that are made at the same time
 
 def _blocks(z: torch.Tensor): # Each block, and room for it in float32
     width = z.shape[1] if z.device.type != 'cpu' else max(64, _BLOCK//len(z))
@@ -143,7 +144,7 @@ class Text:
         w = w_ce[:, None]
         return torch.zeros_like(ce), ce, put_in_rows(_exp_times(z, whole, w), labels, -w, add=True)
 
-# %% ../nbs/06a_fused.ipynb #dda67810
+# %% ../nbs/06a_fused.ipynb #1daa9c5c
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
     near = head._replace(weight=weight.to(hidden.dtype))          # one rounding for all terms
@@ -177,8 +178,12 @@ class _Fused(torch.autograd.Function):
         return *(g if g is None or as_it_is else g*grad for g in ctx.saved_tensors), *[None]*7
 
 def _plus_product(total, grad, hidden): # (V, H) + (n, V)^T (n, H), summed in float32
-    if total is None: return (grad.T @ hidden).float()
-    return total.addmm_(grad.T, hidden) if grad.dtype == total.dtype else total.add_(grad.T @ hidden)
+    first = total is None
+    if first: total = torch.empty(grad.shape[1], hidden.shape[1], device=hidden.device)
+    if grad.dtype == total.dtype: return torch.mm(grad.T, hidden, out=total) if first else total.addmm_(grad.T, hidden)
+    for block, g in zip(total.split(_COLUMNS), grad.split(_COLUMNS, 1)):  # or all of it would be there twice
+        block.copy_(g.T @ hidden) if first else block.add_(g.T @ hidden)
+    return total
 
 # %% ../nbs/06a_fused.ipynb #2bb77ecd
 def fused_loss(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_student', 'Card', 'card_text', 'save_student']
 
-# %% ../nbs/07a_saving.ipynb #a2f8e5ec
+# %% ../nbs/07a_saving.ipynb #1247a780
 import copy
 import importlib.util
 import os
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .models import find_model, load_model, no_progress_bars, pick_device, pick_dtype
+from .shards import Shards
 from .types import BadInput, missing_package
 
 # %% ../nbs/07a_saving.ipynb #d670f278
@@ -76,7 +77,7 @@ def load_student(
     if adapter: model = PeftModel.from_pretrained(model, place, is_trainable=True)
     return _with_adapter(model, lora, dora) if fresh else model
 
-# %% ../nbs/07a_saving.ipynb #baf56047
+# %% ../nbs/07a_saving.ipynb #90eecb4e
 @dataclass
 class Card:
     "What a student says about itself."
@@ -94,15 +95,18 @@ class Card:
 
     @classmethod
     def of(
-        cls, answers,  # What `collect` gave, or a list of answers
+        cls, answers,  # What `collect` gave, a list of answers, or `Shards`
         scores=None,   # `Scores`, or several by their title
         **more,        # Other fields
     ) -> 'Card':
         "A card with teacher and data filled in."
+        columns = {} if scores is None else scores if isinstance(scores, dict) else {'student': scores}
+        if isinstance(answers, Shards):
+            data = {'examples': len(answers), 'targets': f'{answers.header["kind"]}, {answers.k} a token'}
+            return cls(**{'data': data, 'scores': columns} | more)
         manifest, used = getattr(answers, 'manifest', None), [a.completion.usage for a in answers]
         data = {'answers': len(used), 'tokens of the answers': sum(u.completion_tokens for u in used),
                 'tokens of the prompts': sum(u.prompt_tokens for u in used)}
-        columns = {} if scores is None else scores if isinstance(scores, dict) else {'student': scores}
         return cls(**{'teachers': [manifest] if manifest else [], 'data': data, 'scores': columns} | more)
 
 # %% ../nbs/07a_saving.ipynb #0d136f49

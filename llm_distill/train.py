@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'EventCallback', 'SampleCallback', 'DistillTrainer']
 
-# %% ../nbs/08_train.ipynb #0865d995
+# %% ../nbs/08_train.ipynb #275539d8
 import random
 import signal
 import threading
@@ -25,12 +25,12 @@ from .device import choose, kept_memory
 from .fused import head_of
 from .models import encode_chat, last_hidden, no_progress_bars
 from .objective import Objective, taught_weight
-from .rollout import as_examples, prompts_of, score_rows, write_ids
+from .rollout import as_examples, end_with_turn, prompts_of, score_rows, write_ids
 from .sequences import collate_packed
 from .targets import collate, make_examples
 from .types import BadInput, Event, Listener, NotFinite, OutOfMemory
 
-# %% ../nbs/08_train.ipynb #c6b29e7b
+# %% ../nbs/08_train.ipynb #05984934
 def _option(default, help): return field(default=default, metadata={'help': help})
 
 @dataclass
@@ -43,6 +43,8 @@ class DistillConfig(TrainingArguments):
     beta: float = _option(.2, "Weight of cross-entropy on the teacher's tokens, 0 or more.")
     temperature: float = _option(1., 'Flattens both sides of the divergence, above 0.')
     top_k: int = _option(20, "The teacher's alternatives kept at each token, 1 or more.")
+    every_span: bool = _option(False, 'Learn how likely each stretch of text was (ALM), and no distributions.')
+    train_on: str = _option('last', '"last": the answer; "all": also what the assistant said before, as text.')
     max_length: int = _option(1024, 'Longest example in tokens; the rest is cut and counted.')
     packing: bool = _option(False, 'Put several short examples into one row of max_length tokens.')
     chunk: int = _option(512, 'Tokens whose logits exist at the same time.')
@@ -66,6 +68,7 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self):
         self.objective()  # says what is wrong
         if self.top_k < 1: raise BadInput(f'top_k must be 1 or more, not {self.top_k}')
+        if self.train_on not in ('last', 'all'): raise BadInput(f'train_on is "last" or "all", not {self.train_on!r}')
         if not 0 <= self.lmbda <= 1: raise BadInput(f'lmbda is a share, 0 to 1, not {self.lmbda}')
         if self.lmbda and self.packing: raise BadInput('what a student writes is not packed: packing=False, or lmbda=0')
         asked = 'bf16' if self.bf16 else 'fp16' if self.fp16 else self.precision
@@ -194,7 +197,7 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #84c3580f
+# %% ../nbs/08_train.ipynb #a2a10516
 class DistillTrainer(_Teaching, _Running, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -222,6 +225,7 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         self.objective, self.curve, self.stopping = args.objective(), [], False
         self._parts, self._since = defaultdict(float), time.perf_counter()
         self._set_teacher(teacher)
+        end_with_turn(self.accelerator.unwrap_model(self.model), processing_class)
         self.remove_callback(PrinterCallback)  # numbers go to on_event and to `curve`
         self.add_callback(_Stopper(self))
         if on_event:
@@ -289,8 +293,9 @@ class DistillTrainer(_Teaching, _Running, Trainer):
     def save_model(self, *args, **kwargs):
         with no_progress_bars(): super().save_model(*args, **kwargs)
 
-# %% ../nbs/08_train.ipynb #7c63fba8
+# %% ../nbs/08_train.ipynb #6f707e16
 def _examples(answers, tokenizer, args):
     "What the trainer can iterate over: a Dataset stays what it is."
     if answers is None or isinstance(answers, torch.utils.data.Dataset): return answers
-    return make_examples(answers, tokenizer, args.top_k, args.max_length)
+    how = {'train_on': args.train_on, 'every_span': args.every_span}
+    return make_examples(answers, tokenizer, args.top_k, args.max_length, **how)

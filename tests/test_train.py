@@ -12,8 +12,11 @@ import pytest
 import torch
 from llm_distill import (Answer, Completion, DistillConfig, DistillTrainer, Shards, ShardWriter, create_teacher,
                          make_examples)
+from llm_distill.capture import capture
+from llm_distill.cli import main
 from llm_distill.models import load_tokenizer
 from llm_distill.targets import collate
+from llm_distill.types import TokenLogprobs, as_messages
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -24,7 +27,8 @@ def tokenizer(): return load_tokenizer('smollm2')
 def tiny(seed=0, **more):
     torch.manual_seed(seed)
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, eos_token_id=2, **size | more))
+    usual = {'vocab_size': 49152, 'tie_word_embeddings': True, 'eos_token_id': 2}
+    return LlamaForCausalLM(LlamaConfig(**usual | size | more))
 
 
 def example(n, k=5, weight=1.):
@@ -247,6 +251,49 @@ def test_the_commands_judge_what_they_have_not_learnt_from(tmp_path, answers, st
     subprocess.run(list(map(str, words)), check=True, capture_output=True, timeout=240)
     scores = json.loads((tmp_path/'scores.json').read_text())
     assert scores['prompts'] == 8 and 1 < scores['perplexity'] < 1e6
+
+
+def test_the_commands_take_captured_examples_and_a_teacher(tmp_path, tokenizer, student):
+    folder, out = tmp_path/'shards', tmp_path/'out'
+    capture(tiny(3), EXAMPLES, folder, tokenizer, k=5)
+    def command(*words): return main(list(map(str, words)))
+    assert command('train', folder, '--student', student, '--out', out, '--max-steps', 2, '--use-cpu') == 0
+    assert 'topk, 5 a token' in (out/'student'/'README.md').read_text()
+    assert command('evaluate', out/'student', folder, '--teacher', student, '--json', tmp_path/'scores.json') == 0
+    scores = json.loads((tmp_path/'scores.json').read_text())
+    assert scores['exact'] and scores['kl'] > 0
+    assert command('train', folder, '--student', student, '--out', out, '--heldout', .5) == 1
+
+
+def test_likelihoods_alone_teach_in_another_tokenizer(tmp_path, tokenizer):
+    "What an API without alternatives gives: the logprob of each token that it said."
+    def answer(n):
+        text = f'There are {n} rivers.'
+        said = [c.encode() for c in text]
+        return Answer(as_messages('How many?'), Completion(text, 'stop', logprobs=TokenLogprobs(
+            said, np.full(len(said), -.1), [[] for _ in said], [np.zeros(0) for _ in said])))
+    t = trainer(tmp_path, tokenizer, examples=[answer(n) for n in range(8)], every_span=True, logging_steps=1,
+                learning_rate=.02, optim='adamw_torch', max_steps=12, alpha=1., beta=0.)
+    t.train()
+    assert 'kl' not in t.curve[0] and t.curve[-1]['alm'] < .7*t.curve[0]['alm']
+
+
+def test_earlier_turns_are_taught_where_asked(tmp_path, tokenizer):
+    talk = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'},
+            {'role': 'user', 'content': 'And?'}]
+    answers = [Answer(talk, Completion('Yes.', 'stop'))]
+    last, every = (trainer(tmp_path, tokenizer, examples=answers, train_on=how).train_dataset[0]
+                   for how in ('last', 'all'))
+    assert (every['labels'] != -100).sum() == (last['labels'] != -100).sum() + len(tokenizer('Hello.').input_ids) + 1
+    with pytest.raises(ValueError, match='train_on is'): DistillConfig(str(tmp_path), train_on='first')
+
+
+def test_a_student_stops_where_its_answers_end(tmp_path, tokenizer):
+    model = tiny(eos_token_id=0)
+    t = trainer(tmp_path, tokenizer, model)
+    assert model.generation_config.eos_token_id == [0, tokenizer.convert_tokens_to_ids('<|im_end|>')]
+    t.save_model(str(tmp_path/'student'))
+    assert json.loads((tmp_path/'student'/'generation_config.json').read_text())['eos_token_id'] == [0, 2]
 
 
 def test_a_batch_that_does_not_fit_says_what_to_lower(tmp_path, tokenizer, monkeypatch):

@@ -2,7 +2,7 @@
 
     python nbs/studies/what_to_learn_from.py --out study
 
-One teacher (SmolLM2-135M-Instruct), one student (10 of its 30 layers), the same 800 answers read once by everyone;
+One teacher (SmolLM2-135M-Instruct), one student (10 of its 30 layers), the same 808 answers read once by everyone;
 what differs is what is known of the teacher at each token. Takes about an hour on 2 cores; stopped, the same command
 goes on. --results writes what the notebook reads.
 """
@@ -182,27 +182,29 @@ class Study:
             began = time.perf_counter()
             trainer.train()
             seconds, steps = seconds + time.perf_counter() - began, steps + trainer.state.global_step
-        return {'seconds': seconds, 'steps': steps, 'curve': trainer.curve} | self.judge(student, arm, tokenizer)
+        told = {'seconds': seconds, 'steps': steps, 'curve': trainer.curve}
+        return told | self.judge(student, arm, tokenizer, own=not seed)
 
-    def judge(self, student, arm: Arm, tokenizer) -> dict:
-        "On the teacher's text, and on the student's own."
+    def judge(self, student, arm: Arm, tokenizer, own: bool) -> dict:
+        "On the teacher's text, and if wanted on the student's own."
         if arm.other:
             heldout = make_examples(self.judged, tokenizer)
             scores = evaluate(student, [e | {'soft': np.zeros_like(e['soft'])} for e in heldout], tokenizer)
             return {'scores': scores.as_dict()}
+        scores = {'scores': evaluate(student, self.heldout, tokenizer, teacher=self.teacher).as_dict()}
+        if not own: return scores
         prompts = prompts_of(collate(self.heldout[::2], tokenizer.pad_token_id))
         torch.manual_seed(0)
         said = [s for i in range(0, len(prompts), 40)
                 for s in write_ids(student, prompts[i:i + 40], tokenizer.pad_token_id, LONGEST, 1.)]
         own = evaluate(student, as_examples(prompts, said), tokenizer, teacher=self.teacher)
-        return {'scores': evaluate(student, self.heldout, tokenizer, teacher=self.teacher).as_dict(),
-                'own': own.as_dict()}
+        return scores | {'own': own.as_dict()}
 
 
 def totals(runs: list[dict], name: str) -> Scores|None:
     "Of several seeds, prompt by prompt."
-    if name not in runs[0]: return None
-    scores = [Scores.from_dict(r[name]) for r in runs]
+    scores = [Scores.from_dict(r[name]) for r in runs if name in r]
+    if not scores: return None
     keys = [k for k in scores[0].keys if all(k in s.keys for s in scores)]
     sums = np.stack([[dict(zip(s.keys, s.sums))[k] for k in keys] for s in scores]).mean(0)
     return Scores.of(keys, np.round(sums, 5), exact=scores[0].exact)
