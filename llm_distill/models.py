@@ -182,7 +182,7 @@ def encode_chat(
         except TemplateError as e: raise BadInput(f"the model's chat template refuses this conversation: {e}") from e
     return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
 
-# %% ../nbs/01a_models.ipynb #700df500
+# %% ../nbs/01a_models.ipynb #3e306e4b
 def last_hidden(
     model,         # A causal LM, or a wrapper around one
     inputs: dict,  # With input_ids and attention_mask or, of packed rows, position_ids, (B, L)
@@ -191,7 +191,7 @@ def last_hidden(
     "What the head reads; by way of the wrapper's forward where there is one, which may have work to do."
     text = {name: inputs[name] for name in ('input_ids', 'attention_mask', 'position_ids') if name in inputs}
     seen, inner = [], inner or model
-    alone = model is inner
+    alone = model is inner and not hasattr(model, 'unshard')  # a sharded one (FSDP2) gathers its weights in `forward`
     if hasattr(inner, 'get_base_model'): inner = inner.get_base_model()  # peft calls something else its base_model
     if alone: return inner.base_model(**text, use_cache=False)[0]
     hook = inner.base_model.register_forward_hook(lambda module, args, out: seen.append(out[0]))

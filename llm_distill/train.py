@@ -197,7 +197,7 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #a2a10516
+# %% ../nbs/08_train.ipynb #321d4089
 class DistillTrainer(_Teaching, _Running, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -239,10 +239,10 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         whole = self.args.average_tokens_across_devices and num_items_in_batch is not None
         shares = self.accelerator.num_processes if whole else 1  # the mean is taken of what are shares already
         inner = self.accelerator.unwrap_model(model)
-        head = head_of(inner)
-        if head is None: read = self._logits(model, inputs)
+        if head_of(inner) is None: read = self._logits(model, inputs)
         else:
             with self.accelerator.autocast(): read = self._for_products(last_hidden(model, inputs, inner))
+        head = head_of(inner)  # of a sharded model it is whole only now
         parts = self.objective(read, head, inputs, self._read(inputs), shares/items)
         if model.training: self._account(parts, inputs)
         return (parts.loss, {}) if return_outputs else parts.loss

@@ -308,3 +308,40 @@ def test_warnings_do_not_come_from_us(tmp_path, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         trainer(tmp_path, tokenizer, max_steps=1).train()
+
+
+SHARDED = '''
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, sys.argv[1])
+from test_train import DistillConfig, DistillTrainer, EXAMPLES, PLAIN, collate, load_tokenizer, tiny
+from llm_distill.objective import taught_weight
+dist.init_process_group('gloo')
+n, rank = dist.get_world_size(), dist.get_rank()
+config = DistillConfig(sys.argv[2], **PLAIN)
+def trainer(model): return DistillTrainer(model, config, EXAMPLES, load_tokenizer('smollm2'))
+whole, sharded = tiny(), tiny()
+for part in (*sharded.model.layers, sharded): fully_shard(part, mesh=init_device_mesh('cpu', (n,)))
+batches = [collate(EXAMPLES[i::n], 0) for i in range(n)]
+total = sum(map(taught_weight, batches))
+trainer(sharded).compute_loss(sharded, batches[rank], num_items_in_batch=total).backward()
+for batch in batches: trainer(whole).compute_loss(whole, batch, num_items_in_batch=total).backward()
+for p, q in zip(sharded.parameters(), whole.parameters()):
+    ours, theirs = p.grad.full_tensor(), q.grad/n
+    assert theirs.abs().max() > 0 and (ours - theirs).abs().max() < 1e-6*theirs.abs().max() + 1e-12, (ours, theirs)
+dist.destroy_process_group()
+'''
+
+
+def test_sharded_weights_give_the_gradient_of_whole_ones(tmp_path):
+    "FSDP2, on two processes: embeddings and head are shared, and whole only inside of the model's forward."
+    script = tmp_path/'sharded.py'
+    script.write_text(SHARDED)
+    words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script,
+             Path(__file__).parent, tmp_path]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=240,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-3000:]
