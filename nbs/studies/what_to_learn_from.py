@@ -2,8 +2,8 @@
 
     python nbs/studies/what_to_learn_from.py --out study
 
-One teacher (SmolLM2-135M-Instruct), one student (10 of its 30 layers), the same 808 answers read once by everyone;
-what differs is what is known of the teacher at each token. Takes about an hour on 2 cores; stopped, the same command
+One teacher (SmolLM2-135M-Instruct), one student (10 of its 30 layers), the same answers read once by everyone;
+what differs is what is known of the teacher at each token. Takes about two hours on 2 cores; stopped, the same command
 goes on. --results writes what the notebook reads.
 """
 import argparse
@@ -207,7 +207,7 @@ def totals(runs: list[dict], name: str) -> Scores|None:
     if not scores: return None
     keys = [k for k in scores[0].keys if all(k in s.keys for s in scores)]
     sums = np.stack([[dict(zip(s.keys, s.sums))[k] for k in keys] for s in scores]).mean(0)
-    return Scores.of(keys, np.round(sums, 5), exact=scores[0].exact)
+    return Scores.of(keys, np.round(sums, 4), exact=scores[0].exact)
 
 
 def results(study: Study, seeds: int) -> dict:
@@ -222,6 +222,7 @@ def results(study: Study, seeds: int) -> dict:
             'seconds': min(r['seconds'] for r in runs),
             'bytes_per_token': study.size(arm.stored)/study.taught if arm.stored else None,
             'kl_of_seeds': [r['scores']['kl'] for r in runs],
+            'nats_per_byte_of_seeds': [np.array(r['scores']['sums'])[:, 2].sum()/study.heldout_bytes for r in runs],
             'curve': [[p['step'], round(p.get('kl', p['ce']), 4)] for p in runs[0]['curve']],
             'scores': totals(runs, 'scores').as_dict(), 'own': own.as_dict() if (own := totals(runs, 'own')) else None}
     vocabulary = study.teacher.config.vocab_size
