@@ -80,7 +80,7 @@ def bytes_per_token(config, dtype: torch.dtype) -> int:
     size = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
     return 2*config.num_hidden_layers*heads*size*dtype.itemsize
 
-# %% ../../nbs/10_serving.slots.ipynb #742d3ae9
+# %% ../../nbs/10_serving.slots.ipynb #513cfdd9
 _MOST = 32  # rows of a step; with more, a step takes twice as long anyway
 
 def _agree(weight: torch.Tensor, rows: int, most: int) -> bool:
@@ -94,7 +94,7 @@ def row_counts(
 ) -> list[int]: # Ascending; the last is the most that a step computes
     "Numbers of rows whose results agree with each other on this machine."
     most = min(slots, _MOST)
-    shapes = {m.weight.shape: m.weight for m in model.modules() if type(m) is torch.nn.Linear}
+    shapes = {m.weight.shape: m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
     sizes = [n for n in (1, 2, 4, 8, 16, 32) if n < most]
     return [n for n in sizes if all(_agree(w, n, most) for w in shapes.values())] + [most]
 
