@@ -32,17 +32,16 @@ async def _pieces(engine, prompt, sampling):
             if piece.finish: return
     finally: engine.cancel(job)
 
-# %% ../../nbs/10_serving.app.ipynb #8a6433ce
-async def _stream(pieces, reply, include_usage):
+# %% ../../nbs/10_serving.app.ipynb #656bb6de
+async def _stream(pieces, reply):
     "An answer as server-sent events."
     import orjson
     def event(data) -> bytes: return b'data: ' + orjson.dumps(data) + b'\n\n'
-    yield event(reply.chunk({'role': 'assistant', 'content': ''}))
+    yield event(reply.opening())
     try:
         async for piece in pieces:
-            if piece.text or piece.finish or piece.top is not None:
-                yield event(reply.chunk({'content': piece.text} if piece.text else {}, piece))
-        if include_usage: yield event(reply.last(piece.tokens))
+            if chunk := reply.chunk(piece): yield event(chunk)
+        if reply.include_usage: yield event(reply.closing(piece.tokens))
     except ServerError as e:
         from llm_distill.serving.protocol import error_body
         yield event(error_body(str(e), kind='server_error'))
@@ -61,7 +60,17 @@ async def _unless_gone(request, work):
         task.cancel()
         await asyncio.wait({task})
 
-# %% ../../nbs/10_serving.app.ipynb #395bf6c1
+# %% ../../nbs/10_serving.app.ipynb #43fabf10
+def _beyond(body, sampling) -> str|None:
+    "The first parameter that this engine does not know yet."
+    if body.draws > 1: return 'n'
+    if body.tools: return 'tools'
+    if body.response_format and body.response_format.type != 'text': return 'response_format'
+    known, plain = ('max_tokens', 'temperature', 'top_p', 'seed', 'stop', 'top_logprobs'), type(sampling)()
+    asked = (name for name in vars(plain) if getattr(sampling, name) != getattr(plain, name))
+    return next((name for name in asked if name not in known), None)
+
+# %% ../../nbs/10_serving.app.ipynb #9eaf26a0
 def create_app(
     engine,             # An `Engine`
     tokenizer,          # The model's tokenizer
@@ -73,7 +82,8 @@ def create_app(
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import Response, StreamingResponse
     from llm_distill.models import encode_chat
-    from llm_distill.serving.protocol import ChatRequest, Reply, error_body, explain
+    from llm_distill.serving.protocol import ChatRequest, error_body, explain
+    from llm_distill.serving.replies import ChatReply, models_reply
 
     app = FastAPI(title='llm_distill', description='An OpenAI-compatible server for students and local teachers.')
     def answer(data, status=200): return Response(orjson.dumps(data), status, media_type='application/json')
@@ -90,8 +100,7 @@ def create_app(
         return {'status': 'ok', 'model': model}
 
     @app.get('/v1/models')
-    async def models():
-        return {'object': 'list', 'data': [{'id': model, 'object': 'model', 'created': 0, 'owned_by': 'llm_distill'}]}
+    async def models(): return models_reply([model])
 
     @app.post('/v1/chat/completions')
     async def chat(body: ChatRequest, request: Request):
@@ -104,15 +113,15 @@ def create_app(
             said = (f'this model takes {engine.max_context} tokens; '
                     f'{len(prompt)} of prompt and {sampling.max_tokens} of answer are more')
             return answer(error_body(said, 'messages', 'context_length_exceeded'), 400)
-        reply, pieces = Reply(model, len(prompt)), _pieces(engine, prompt, sampling)
-        if body.stream:
-            with_usage = body.stream_options and body.stream_options.include_usage
-            return StreamingResponse(_stream(pieces, reply, with_usage), media_type='text/event-stream')
+        if beyond := _beyond(body, sampling): return answer(error_body(f'{beyond}: not supported yet', beyond), 400)
+        reply = ChatReply(model, len(prompt), sampling.top_logprobs, body.include_usage)
+        pieces = _pieces(engine, prompt, sampling)
+        if body.stream: return StreamingResponse(_stream(pieces, reply), media_type='text/event-stream')
         async def collect(): return [piece async for piece in pieces]
         try: whole = await _unless_gone(request, collect())
         except ServerError as e: return answer(error_body(str(e), kind='server_error'), 500)
         finally: await pieces.aclose()
-        return answer(reply.whole(whole)) if whole else Response(status_code=499)
+        return answer(reply.whole([whole])) if whole else Response(status_code=499)
     return app
 
 # %% ../../nbs/10_serving.app.ipynb #ac11e267
