@@ -1,22 +1,26 @@
 "Whatever the model says: constrained answers follow their schemas, and tool calls are found however the text is cut."
+import copy
 import enum
 import json
+import random
 from typing import Annotated, Literal, Optional, Union
 from uuid import UUID
 
+import jsonschema
 import pytest
 import torch
 from openai import pydantic_function_tool
 from openai.lib._parsing._completions import type_to_response_format_param
+from openai.lib.streaming._deltas import accumulate_delta
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llm_distill.models import load_tokenizer, token_bytes
 from llm_distill.serving.constrain import Constraints, calls_grammar, masks
+from llm_distill.serving.tools import CallParser, choose_tools, encode_tools, forced_calls, mark_ids, notation, parse_calls
 from llm_distill.types import BadInput
 
-jsonschema = pytest.importorskip('jsonschema')
 PADDING = 100  # rows of the head that stand for no token
 
 
@@ -252,3 +256,170 @@ def test_what_cannot_be_enforced_is_named_or_left_out(word, babbler):
     with pytest.raises(BadInput, match=word): babbler.constraints.json_schema(obj(x=BAD[word]), strict=True)
     matcher = babbler.constraints.json_schema(obj(x=BAD[word]))
     assert any(word in said for said in matcher.ignored) and matcher.mask().any()
+
+
+# Tools
+
+WEATHER = {'name': 'get_weather', 'parameters': obj(city=STRING)}
+TOOLS = [{'type': 'function', 'function': f} for f in (WEATHER, {'name': 'f'})]
+NAMES = ['get_weather', 'f']
+ROME, DEEP = '{"city": "Rome"}', '{"a": [{"b": "} ] \\" </tool_call> \\\\"}], "c": null}'
+
+
+def hermes(name, arguments, key='arguments'): return f'<tool_call>\n{{"name": "{name}", "{key}": {arguments}}}\n</tool_call>'
+
+
+# What is written, what of it is content, and the calls in it.
+TEXTS = {
+    'hermes': (hermes('get_weather', ROME), None, [('get_weather', ROME)]),
+    'after text': ('Let me look.\n\n' + hermes('get_weather', ROME) + '\n', 'Let me look.', [('get_weather', ROME)]),
+    'two, and text between': (hermes('f', '{}') + '\nand \n' + hermes('f', DEEP), 'and', [('f', '{}'), ('f', DEEP)]),
+    'two in one mark': ('<tool_call>[{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}}]</tool_call>', None, [('f', '{}')]*2),
+    'unknown name with a mark': (hermes('other', '{}'), None, [('other', '{}')]),
+    'keys the other way round': ('<tool_call>{"arguments": ' + DEEP + ', "name": "f"}</tool_call>', None, [('f', DEEP)]),
+    'arguments in a string': (hermes('f', json.dumps(ROME)), None, [('f', ROME)]),
+    'no arguments': ('<tool_call>{"name": "f"}</tool_call>', None, [('f', '{}')]),
+    'a bracket short': ('<tool_call>{"name": "f", "arguments": ' + ROME + '</tool_call> ok', 'ok', [('f', ROME)]),
+    'cut off': ('<tool_call>{"name": "f", "arguments": {"city": "Ro', None, [('f', '{"city": "Ro')]),
+    'llama': ('{"name": "get_weather", "parameters": ' + ROME + '}', None, [('get_weather', ROME)]),
+    'llama, with type': (' {"type": "function", "name": "f", "parameters": {}}', None, [('f', '{}')]),
+    'llama, several': ('<|python_tag|>{"name": "f", "parameters": {}}; {"name": "f", "parameters": ' + DEEP + '}', None, [('f', '{}'), ('f', DEEP)]),
+    'mistral': ('[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "get_weather", "arguments": ' + ROME + '}]', None,
+                [('f', '{}'), ('get_weather', ROME)]),
+    'mistral, later': ('[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]get_weather[CALL_ID]123456789[ARGS]' + ROME, None, [('f', '{}'), ('get_weather', ROME)]),
+    'text': (' Just <b>text</b>, 1 < 2 [TOOL_CALL] {"name": "f"} \n', None, []),
+    'json': ('{"name": "Ada", "parameters": {}}\n', None, []),
+    'other json': ('[{"city": "Rome"}, 2]', None, []),
+    'a mark in text': ('Write <tool_call> and {"name": 1}', None, []),
+    'a mark at the end': ('so: [TOOL_CALLS]', None, []),
+    'half a mark': ('a \n <tool_', None, []),
+    'not json': ('<tool_call>\n{nothing}\n</tool_call> \n', None, []),
+    'then a call': ('<tool_call> no ' + hermes('f', '{}'), '<tool_call> no', [('f', '{}')]),
+    'unicode': (hermes('f', '{"日本": "🙂 \\u00e9"}'), None, [('f', '{"日本": "🙂 \\u00e9"}')]),
+    'empty': ('', None, []),
+}
+
+
+def streamed(pieces, names=NAMES):
+    "Message and deltas, put together as openai's SDK does it."
+    parser, message = CallParser(names), {}
+    deltas = [d for piece in pieces for d in parser.feed(piece)] + parser.finish()
+    for delta in deltas: message = accumulate_delta(message, copy.deepcopy(delta))
+    calls = [(c['function']['name'], c['function']['arguments']) for c in message.get('tool_calls', [])]
+    assert calls == [tuple(c['function'].values()) for c in parser.calls] and parser.content == message.get('content', '')
+    return message.get('content', ''), calls, deltas
+
+
+def cuts(text, places): return [text[a:b] for a, b in zip([0, *places], [*places, len(text)])]
+
+
+@pytest.mark.parametrize('name', TEXTS)
+def test_calls_are_found_however_the_text_is_cut(name):
+    text, content, calls = TEXTS[name]
+    expected = (text if not calls else content or ''), calls
+    assert streamed([text])[:2] == expected
+    n, rng = len(text), random.Random(0)
+    ways = [[a] for a in range(n)] + [[*range(step, n, step)] for step in range(1, n)]
+    ways += [[a, b] for a in range(n) for b in range(a, n)] if n < 90 else []
+    ways += [sorted(rng.sample(range(n), rng.randrange(n))) for _ in range(200 if n else 0)]
+    for way in ways: assert streamed(cuts(text, way))[:2] == expected, cuts(text, way)
+
+
+@pytest.mark.parametrize('text', ['[TOOL_CALLS]f{}', '{"name":"f" , 1', 'a [TOOL_CALL x'])
+def test_every_way_to_cut_a_short_text(text):
+    expected, n = streamed([text])[:2], len(text)
+    for mask in range(2**(n - 1)):
+        assert streamed(cuts(text, [i for i in range(1, n) if mask >> (i - 1) & 1]))[:2] == expected
+
+
+def test_nonsense_is_read_the_same_in_any_pieces():
+    rng = random.Random(1)
+    bits = ['<tool_call>', '</tool_call>', '[TOOL_CALLS]', '[ARGS]', '{"name": "f", "arguments": ', '{', '}', '"', '[', ']', 'f', ' ', '\n', ', ',
+            'text', '\\', '<', '{"name": "f"', '"arguments": {}', '1', '<|python_tag|>', ';']
+    for _ in range(1500):
+        text = ''.join(rng.choices(bits, k=rng.randrange(1, 9)))
+        whole = streamed([text])[:2]
+        assert streamed(text)[:2] == whole, text
+        assert whole[1] or whole[0] == text
+
+
+def test_text_is_not_kept_back_longer_than_needed():
+    parser = CallParser(NAMES)
+    assert [parser.feed(t) for t in ('Hello', ' wor', 'ld <')] == [[{'content': 'Hello'}], [{'content': ' wor'}], [{'content': 'ld'}]]
+    parser = CallParser(NAMES)
+    assert parser.feed('{"answer') == [{'content': '{"answer'}]  # JSON that cannot become a call is shown at once
+    parser = CallParser(NAMES)
+    assert parser.feed('<tool_call>{"name": "f", "arguments"') == []
+    first, then = parser.feed(': {"a')
+    assert first['tool_calls'][0].keys() == {'index', 'id', 'type', 'function'}
+    assert first['tool_calls'][0]['function'] == {'name': 'f', 'arguments': ''}
+    assert then == {'tool_calls': [{'index': 0, 'function': {'arguments': '{"a'}}]}
+    assert parser.feed('": 1') == [{'tool_calls': [{'index': 0, 'function': {'arguments': '": 1'}}]}]
+
+
+TEMPLATES = {
+    'hermes': "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+              "{% for c in m.tool_calls %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}{{ '\n' }}{% endfor %}assistant: ",
+    'llama': "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+             "{% for c in m.tool_calls %}{\"name\": \"{{ c.function.name }}\", \"parameters\": {{ c.function.arguments | tojson }}}{% endfor %}"
+             "{{ '\n' }}{% endfor %}assistant: ",
+    'mistral': "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+               "{% if m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('ids have 9') }}"
+               "{% endif %}{{ c.function | tojson }}{% endfor %}]{% endif %}{{ '\n' }}{% endfor %}assistant: ",
+    'none': "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}assistant: ",
+    'no template': None,
+}
+CONVERSATION = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': [{'type': 'text', 'text': 'Rain?'}]},
+                {'role': 'assistant', 'content': None, 'tool_calls': [{'id': '123456789', 'type': 'function', 'function': WEATHER | {'arguments': ROME}}]},
+                {'role': 'tool', 'tool_call_id': '123456789', 'content': 'dry'}, {'role': 'tool', 'tool_call_id': '123456789', 'content': 'warm'}]
+
+
+@pytest.fixture(params=TEMPLATES)
+def writer(request, babbler):
+    tokenizer = copy.deepcopy(babbler.constraints.tokenizer)
+    tokenizer.chat_template = TEMPLATES[request.param]
+    return tokenizer
+
+
+def test_conversations_with_tools_are_written_and_read_again(writer):
+    text = writer.decode(encode_tools(writer, CONVERSATION, choose_tools(TOOLS)))
+    assert all(w in text for w in ('Be brief.', 'Rain?', 'dry', 'warm', '"city": {"type": "string"}')) and 'None' not in text
+    line = next(part for part in text.split('\n') if 'Rome' in part)
+    start = max(text.find('<tool_call>', text.find('Rain?')), text.find('[TOOL_CALLS]', text.find('Rain?')))
+    found = parse_calls(text[start:] if start >= 0 else line.split(': ', 1)[1], NAMES)['tool_calls']
+    assert [tuple(c['function'].values()) for c in found] == [('get_weather', ROME)]
+    assert 'city": {' not in writer.decode(encode_tools(writer, CONVERSATION, choose_tools(TOOLS, 'none')))
+
+
+@pytest.mark.parametrize('choice, parallel', [('required', None), ('required', True), ({'type': 'function', 'function': {'name': 'f'}}, True)])
+def test_a_forced_call_is_the_whole_answer(choice, parallel, writer, babbler):
+    choice, form = choose_tools(TOOLS, choice, parallel), notation(writer)
+    prompt = writer.decode(encode_tools(writer, CONVERSATION[:2], choice))
+    assert prompt.endswith(form.start if form.array or not choice.parallel else ': ' if writer.chat_template else '\n')
+    for seed in range(3):
+        said = babbler(babbler.constraints(forced_calls(writer, choice)), seed)
+        assert said is not None
+        message = parse_calls(said, choice.callable)
+        assert message['content'] is None and len(message['tool_calls']) == (len(json.loads(said)) if said[0] == '[' else 1)
+        assert streamed(said, choice.callable)[1] == [tuple(c['function'].values()) for c in message['tool_calls']]
+        for call in message['tool_calls']:
+            arguments = json.loads(call['function']['arguments'])
+            assert call['function']['name'] in choice.callable
+            jsonschema.validate(arguments, WEATHER['parameters'] if call['function']['name'] == 'get_weather' else obj())
+
+
+def test_a_template_s_refusal_is_the_client_s_error(babbler):
+    tokenizer = copy.deepcopy(babbler.constraints.tokenizer)
+    tokenizer.chat_template = TEMPLATES['mistral']
+    wrong = copy.deepcopy(CONVERSATION)
+    wrong[2]['tool_calls'][0]['id'] = 'call_1'
+    with pytest.raises(BadInput, match='ids have 9'): encode_tools(tokenizer, wrong, choose_tools(TOOLS))
+    made = parse_calls(hermes('f', '{}'), NAMES)['tool_calls'][0]['id']
+    wrong[2]['tool_calls'][0]['id'] = made
+    assert encode_tools(tokenizer, wrong, choose_tools(TOOLS))
+
+
+def test_marks_that_are_special_tokens_are_known(babbler):
+    tokenizer = copy.deepcopy(babbler.constraints.tokenizer)
+    tokenizer.add_special_tokens({'additional_special_tokens': ['[TOOL_CALLS]', '[ARGS]', '[INST]']})
+    assert sorted(tokenizer.convert_ids_to_tokens(sorted(mark_ids(tokenizer)))) == ['[ARGS]', '[TOOL_CALLS]']
