@@ -110,7 +110,9 @@ class Job:
         except Exception: self.cancelled = True
         self.pieces = []
 
-# %% ../../nbs/10_serving.engine.ipynb #d8fddd17
+# %% ../../nbs/10_serving.engine.ipynb #a15e463c
+_log = logging.getLogger(__name__)
+
 class Words:
     "What a model's tokens are, and which of them end an answer."
     def __init__(self, model, tokenizer):
@@ -132,10 +134,17 @@ class Words:
         reports = self._reports([i for i in rows if jobs[i].sampling.top_logprobs is not None], jobs, logits)
         if any(not j.sampling.plain for j in jobs):
             penalise(logits, [j.sampling for j in jobs], [j.prompt for j in jobs], [j.said for j in jobs])
+        self._mask(jobs, logits, broken)
         uniform = torch.cat([torch.rand(1, 1, generator=j.random) for j in jobs])
         chosen = pick(logits.nan_to_num(), [j.sampling for j in jobs], uniform).tolist()
         return [Piece('', finish='error', tokens=len(j.said)) if broken[i] else
                 self._piece(j, chosen[i], *reports.get(i, (None, None))) for i, j in enumerate(jobs)]
+
+    def _mask(self, jobs, logits, broken):
+        for i, constraint in ((i, j.sampling.constraint) for i, j in enumerate(jobs)):
+            if constraint is None: continue
+            try: logits[i].masked_fill_(~constraint.mask()[:self.size], -torch.inf)
+            except Exception as e: broken[i] = _log.warning('an answer cannot go on: %s', e) is None
 
     def _reports(self, rows, jobs, logits) -> dict[int, tuple]:
         "Logprobs and alternatives of the rows that ask for them."
@@ -149,7 +158,9 @@ class Words:
     def _piece(self, job, token, logprobs, top) -> Piece:
         rules, n = job.sampling, len(job.said) + 1
         job.said.append(token)
-        if rules.constraint is not None: rules.constraint.accept(token)
+        if rules.constraint is not None:
+            try: rules.constraint.accept(token)
+            except Exception: return Piece('', finish='error', tokens=n)
         if token in self.ends and not rules.ignore_eos:
             return Piece(job.text.push(b'', True), finish='stop', tokens=n)
         data, full = self.bytes_of[token], n >= rules.max_tokens
@@ -173,9 +184,7 @@ class Words:
     def _row(self, rows: PromptRows, i: int, logprob, top):
         rows.ids.append(i); rows.tokens.append(self.bytes_of[i]); rows.logprobs.append(logprob); rows.top.append(top)
 
-# %% ../../nbs/10_serving.engine.ipynb #f506acb0
-_log = logging.getLogger(__name__)
-
+# %% ../../nbs/10_serving.engine.ipynb #330141b0
 class _Line:
     "Who waits, and who gets which slot."
     def _admit(self):

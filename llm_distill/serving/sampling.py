@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-# %% ../../nbs/10_serving.sampling.ipynb #602f0fd2
+# %% ../../nbs/10_serving.sampling.ipynb #18efba84
 @dataclass
 class Sampling:
     "How an answer is drawn."
@@ -33,11 +33,11 @@ class Sampling:
     constraint: object|None = None      # Says what may come next: `mask()`, `accept(id)`, `done`
 
     @property
-    def plain(self) -> bool: # Whether the logits decide as they are
+    def plain(self) -> bool: # Whether nothing is penalised or biased
         return (self.repetition_penalty == 1 and not (self.presence_penalty or self.frequency_penalty)
-                and not self.logit_bias and self.constraint is None)
+                and not self.logit_bias)
 
-# %% ../../nbs/10_serving.sampling.ipynb #a7f26784
+# %% ../../nbs/10_serving.sampling.ipynb #581e2459
 def _flat(rows: Sequence[int], ids: Sequence[np.ndarray], width: int, device) -> torch.Tensor: # Places in a flat matrix
     places = [row*width + i.astype(np.int64) for row, i in zip(rows, ids)]
     return torch.from_numpy(np.concatenate(places)).to(device)
@@ -67,14 +67,12 @@ def penalise(
     prompts: Sequence[list[int]],    # Likewise, token ids
     answers: Sequence[list[int]],    # Likewise, what was said so far
 ) -> torch.Tensor:                   # `logits`
-    "Penalties, biases and masks of the rows that ask for them."
+    "Penalties and biases of the rows that ask for them."
     rows, flat, width = list(zip(range(len(logits)), samplings, prompts, answers)), logits.view(-1), logits.shape[1]
     for does, some in ((_repetition, [r for r in rows if r[1].repetition_penalty != 1]),
                        (_used, [r for r in rows if r[3] and (r[1].presence_penalty or r[1].frequency_penalty)]),
                        (_biased, [r for r in rows if r[1].logit_bias])):
         if some: does(flat, width, some)
-    for i, s, *_ in rows:
-        if s.constraint is not None: logits[i].masked_fill_(~s.constraint.mask().to(logits.device)[:width], -torch.inf)
     return logits
 
 # %% ../../nbs/10_serving.sampling.ipynb #0301e0be
