@@ -25,13 +25,14 @@ from .replies import model_card, models_reply
 from .service import GenerateRequest, LogitsRequest, Service
 from ..types import BadInput, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.app.ipynb #88635d53
+# %% ../../nbs/10_serving.app.ipynb #947b0ef3
 def _answer(data: dict, status: int = 200, **headers) -> Response:
     return Response(orjson.dumps(data), status, headers, media_type='application/json')
 
 async def _body(request: Request, most: int) -> bytes:
     "All of a body; raises `Refused` for one that is too long."
-    too_long = Refused(error_body(f'The body is longer than the {most:,} bytes that this server takes.', code='too_large'))
+    said = f'The body is longer than the {most:,} bytes that this server takes.'
+    too_long = Refused(error_body(said, code='too_large'))
     too_long.status = 413
     length = request.headers.get('content-length', '0')
     if length.isdigit() and int(length) > most: raise too_long

@@ -64,10 +64,12 @@ class Draft:
         async for i, piece in self: answers[i].append(piece)
         return answers
 
-# %% ../../nbs/10_serving.service.ipynb #9ffdc968
+# %% ../../nbs/10_serving.service.ipynb #9ddce45a
 _USUAL = 512  # tokens of an answer where nobody says
 
-def refusal(said: str, param: str|None = None, code: str|None = 'invalid_value', status: int = 400) -> Refused: # To be raised
+def refusal(
+    said: str, param: str|None = None, code: str|None = 'invalid_value', status: int = 400,
+) -> Refused: # To be raised
     "A request that cannot be answered."
     error = Refused(error_body(said, param, code))
     error.status = status
@@ -102,9 +104,8 @@ class _Reading:
 
     def _format(self, wanted) -> str|None:
         if wanted is None or wanted.type == 'text': return None
-        schema = {'type': 'object'} if wanted.type == 'json_object' else wanted.json_schema.schema_ or {'type': 'object'}
-        strict = wanted.json_schema is not None and bool(wanted.json_schema.strict)
-        try: return schema_grammar(schema, strict)
+        said = wanted.json_schema
+        try: return schema_grammar((said and said.schema_) or {'type': 'object'}, bool(said and said.strict))
         except BadInput as e: raise refusal(str(e), 'response_format.json_schema.schema') from e
 
     def _matcher(self, grammar: str|None):
@@ -199,7 +200,7 @@ class _Completions(_Reading):
             if reply.include_usage: yield reply.closing(sum(tokens.values()))
         finally: draft.cancel()
 
-# %% ../../nbs/10_serving.service.ipynb #7c5e19cc
+# %% ../../nbs/10_serving.service.ipynb #f2929c05
 class GenerateRequest(Form):
     "The body of `POST /generate`."
     input: str
@@ -223,7 +224,8 @@ class _Vectors(_Reading):
 
     def _means(self, texts: list[list[int]]) -> np.ndarray: # (len(texts), H)
         inputs = self._padded(texts)
-        hidden, mask = self.engine.slots.model.base_model(**inputs, use_cache=False)[0].float(), inputs['attention_mask']
+        hidden = self.engine.slots.model.base_model(**inputs, use_cache=False)[0].float()
+        mask = inputs['attention_mask']
         return ((hidden*mask[..., None]).sum(1)/mask.sum(1, keepdim=True)).cpu().numpy()
 
     async def embed(self, body: EmbeddingRequest) -> dict:
