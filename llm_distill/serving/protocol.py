@@ -7,11 +7,11 @@ __all__ = ['StreamOptions', 'Part', 'ToolCall', 'ChatMessage', 'Tool', 'ToolChoi
            'ChatRequest', 'CompletionRequest', 'EmbeddingRequest', 'Limits', 'Refused', 'error_body', 'explain',
            'read_body']
 
-# %% ../../nbs/10_serving.protocol.ipynb #9619ee61
+# %% ../../nbs/10_serving.protocol.ipynb #9d3ce413
 import hashlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationInfo, model_validator
 
 from .refusals import (Form, Limits, Refused, count, error_body, explain, limits_of,
                                           number, read_body, refuse)
@@ -110,9 +110,10 @@ class _Asking(Form):
         if 'stop' in given: given['stop'] = [s for s in given['stop'] if s]
         return Sampling(**given)
 
-# %% ../../nbs/10_serving.protocol.ipynb #d91f5785
+# %% ../../nbs/10_serving.protocol.ipynb #6b1c8604
 class Part(Form):
     "A part of a message; text is all that these models read."
+    _neutral = dict.fromkeys(('image_url', 'input_audio', 'file'), ((), 'these models read text'))
     type: Literal['text', 'refusal']
     text: str = ''
     refusal: str|None = None
@@ -174,7 +175,7 @@ class ChatMessage(Form):
         if self.tool_calls: turn['tool_calls'] = [c.model_dump() for c in self.tool_calls]
         return turn | {k: v for k in ('name', 'tool_call_id') if (v := getattr(self, k)) is not None}
 
-# %% ../../nbs/10_serving.protocol.ipynb #68cd00bf
+# %% ../../nbs/10_serving.protocol.ipynb #00353090
 _NAME = Field(pattern=r'^[a-zA-Z0-9_.-]{1,64}$')
 
 class _Function(Form):
@@ -216,12 +217,11 @@ class ResponseFormat(Form):
             refuse('json_schema', 'this type needs it', 'missing_required_parameter')
         return self
 
-def _tool_choice(value):
-    words = 'none', 'auto', 'required'
-    if value in words or isinstance(value, dict|ToolChoice): return value
-    refuse('', f"expected one of {', '.join(words)}, or a function")
+_Word = Annotated[Literal['none', 'auto', 'required'], Tag('[word]')]
+_ToolChoice = Annotated[_Word|Annotated[ToolChoice, Tag('[tool]')],
+                        Discriminator(lambda value: '[word]' if isinstance(value, str) else '[tool]')]
 
-# %% ../../nbs/10_serving.protocol.ipynb #f6631f45
+# %% ../../nbs/10_serving.protocol.ipynb #70399f1f
 class ChatRequest(_Asking):
     "The body of `POST /v1/chat/completions`."
     _ignored = frozenset({'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prediction',
@@ -239,7 +239,7 @@ class ChatRequest(_Asking):
     top_logprobs: count(0, 2**31) = None
     response_format: ResponseFormat|None = None
     tools: Annotated[list[Tool], Field(max_length=128)]|None = None
-    tool_choice: Annotated[Literal['none', 'auto', 'required']|ToolChoice, BeforeValidator(_tool_choice)]|None = None
+    tool_choice: _ToolChoice|None = None
     parallel_tool_calls: _Flag = None
 
     @model_validator(mode='after')
@@ -273,7 +273,7 @@ class ChatRequest(_Asking):
         return self._sampling(self.max_completion_tokens or self.max_tokens or default_max_tokens, choice, constraint,
                               top_logprobs=self.top, prompt_logprobs=self.prompt_logprobs)
 
-# %% ../../nbs/10_serving.protocol.ipynb #4d28e338
+# %% ../../nbs/10_serving.protocol.ipynb #9cdd84a1
 _EXPECTED = 'expected a string, token ids, or a list of one of them, with something in it'
 
 def _texts_or_ids(value, info: ValidationInfo) -> list[str|list[int]]:
@@ -291,10 +291,12 @@ def _checked(one, place, limits):
         except UnicodeEncodeError: refuse(place, 'holds half a character, a lone surrogate')
         return one
     if not one: refuse(place, 'there are no token ids in it', 'array_below_min_length')
+    most = limits.vocabulary or 2**31
+    if all(type(token) is int for token in one) and 0 <= min(one) and max(one) < most: return one
     for i, token in enumerate(one):
-        if type(token) is not int or token < 0: refuse(f'{place}[{i}]', _EXPECTED, 'invalid_type')
-        if limits.vocabulary is not None and token >= limits.vocabulary:
-            refuse(f'{place}[{i}]', f"this model's token ids are below {limits.vocabulary}, not {token}; send text, "
+        if type(token) is not int or not 0 <= token < 2**31: refuse(f'{place}[{i}]', _EXPECTED, 'invalid_type')
+        if token >= most:
+            refuse(f'{place}[{i}]', f"this model's token ids are below {most}, not {token}; send text, "
                    'or ids of its own tokenizer (LangChain: check_embedding_ctx_length=False)')
     return one
 

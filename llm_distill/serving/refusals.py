@@ -26,7 +26,7 @@ def error_body(
     "An error as OpenAI writes it."
     return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
 
-# %% ../../nbs/10_serving.refusals.ipynb #d13988c2
+# %% ../../nbs/10_serving.refusals.ipynb #55716181
 def refuse(
     param: str,                  # The parameter, from where the check stands; "" where it is that
     said: str,                   # What is wrong with it, as the end of a sentence
@@ -40,8 +40,10 @@ _CODES = {'missing': 'missing_required_parameter', 'extra_forbidden': 'unknown_p
 
 def _param(loc) -> str:
     "A place in a body as OpenAI writes it, `messages[0].role`."
-    names = [f'[{x}]' if isinstance(x, int) else x if str(x).startswith('[') else f'.{x}' for x in loc if x != '[key]']
-    return ''.join(names).removeprefix('.')
+    def name(x): # words in brackets are pydantic's and the tags of unions; the client wrote no such thing
+        if isinstance(x, int): return f'[{x}]'
+        return f'.{x}' if not x.startswith('[') else x if x[1:2].isdigit() else ''
+    return ''.join(map(name, loc)).removeprefix('.')
 
 def explain(
     errors: list[dict], # Pydantic's findings, or FastAPI's
@@ -53,6 +55,7 @@ def explain(
     where = _param((*loc, ctx['param']) if ctx.get('param') else loc)
     code = kind if 'said' in ctx else _CODES.get(kind, 'invalid_type' if kind.endswith('_type') else 'invalid_value')
     said = ctx.get('said') or first['msg'][0].lower() + first['msg'][1:]
+    if kind == 'model_type': said = 'input should be an object'
     short = isinstance(got, int|float) or (isinstance(got, str) and len(got) < 40)
     if short and 'said' not in ctx: said += f', not {got!r}'
     if kind == 'missing': return error_body(f'Missing required parameter: {where!r}.', where, code)
@@ -70,7 +73,7 @@ class Limits:
 
 def limits_of(info: ValidationInfo) -> Limits: return info.context or Limits()
 
-# %% ../../nbs/10_serving.refusals.ipynb #bac41e18
+# %% ../../nbs/10_serving.refusals.ipynb #fa6ebc2a
 class Form(BaseModel):
     "An object of a request: nothing in it is dropped unless its class says so."
     model_config = ConfigDict(extra='forbid')
@@ -89,7 +92,7 @@ class Form(BaseModel):
                 if value not in asks_nothing: refuse(name, f'not supported, {instead}', 'unsupported_parameter')
             elif name not in names:
                 near = get_close_matches(str(name), names, 1)
-                hint = f'; did you mean {near[0]!r}?' if near else ''
+                hint = f' (did you mean {near[0]!r}?)' if near else ''
                 refuse(str(name), f'unknown parameter{hint}', 'unknown_parameter')
         return {k: v for k, v in said.items() if k not in cls._neutral}
 
