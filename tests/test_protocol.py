@@ -17,8 +17,7 @@ from pydantic import BaseModel
 from llm_distill.serving.engine import Piece, PromptRows
 from llm_distill.serving.protocol import (ChatRequest, CompletionRequest, EmbeddingRequest, Limits, Refused, error_body,
                                           explain, read_body)
-from llm_distill.serving.replies import (LOWEST, ChatReply, TextReply, best_answers, embeddings_reply, models_reply,
-                                         more_arguments, tool_call)
+from llm_distill.serving.replies import LOWEST, ChatReply, TextReply, best_answers, embeddings_reply, models_reply
 from llm_distill.serving.sampling import Sampling
 from llm_distill.teachers.compatible import _read_vllm
 from llm_distill.teachers.decode import chat_completions, text_completions
@@ -120,6 +119,17 @@ def test_what_was_asked_reaches_the_engine():
     assert read_body(CompletionRequest, GOOD[CompletionRequest]).sampling() == Sampling(max_tokens=16)
 
 
+def test_what_is_said_about_tools():
+    one = {'type': 'function', 'function': {'name': 'weather'}}
+    for choice in (None, 'none', 'required', one,
+                   {'type': 'allowed_tools', 'allowed_tools': {'mode': 'required', 'tools': [one]}}):
+        body = read_body(ChatRequest, GOOD[ChatRequest] | {'tools': [WEATHER], 'tool_choice': choice})
+        tools, chosen, parallel = body.calling
+        assert chosen == choice and parallel is None
+        assert tools[0]['function'] == {k: v for k, v in WEATHER['function'].items() if v is not None}
+    assert read_body(ChatRequest, GOOD[ChatRequest]).calling == ([], None, None)
+
+
 def test_greedy_beams_and_seeds():
     def sampling(choice=0, **params):
         return read_body(ChatRequest, GOOD[ChatRequest] | params, Limits(max_beams=8)).sampling(4, choice)
@@ -166,7 +176,10 @@ BAD = [
     ('chat', {'tools': [WEATHER], 'tool_choice': {'type': 'function', 'function': {'name': 'f'}}},
      'tool_choice.function.name'),
     ('chat', {'tools': [WEATHER], 'tool_choice': {'type': 'function'}}, 'tool_choice.function'),
-    ('chat', {'tools': [WEATHER], 'tool_choice': {'type': 'allowed_tools'}}, 'tool_choice.type'),
+    ('chat', {'tools': [WEATHER], 'tool_choice': {'type': 'allowed_tools'}}, 'tool_choice.allowed_tools'),
+    ('chat', {'tools': [WEATHER], 'tool_choice': {'type': 'custom', 'custom': {'name': 'f'}}}, 'tool_choice.custom'),
+    ('chat', {'tools': [WEATHER], 'tool_choice': {'type': 'allowed_tools', 'allowed_tools': {'mode': 'auto', 'tools': [
+        {'type': 'function', 'function': {'name': 'f'}}]}}}, 'tool_choice.allowed_tools.tools[0].function.name'),
     ('chat', {'tools': [WEATHER], 'tool_choice': 5}, 'tool_choice'), ('text', {'prompt': [2**31]}, 'prompt[0]'),
     ('chat', {'functions': [{'name': 'f'}]}, 'functions'), ('chat', {'modalities': ['text', 'audio']}, 'modalities'),
     ('chat', {'reasoning_effort': 'high'}, 'reasoning_effort'),
@@ -248,10 +261,10 @@ def test_broken_bodies(data):
 
 
 ODD = [0, 1, -1, 2, 5, 20, 21, 0.5, -0.5, 1e308, 2**31, 2**63, 2**64 - 1, -2**63, True, False, '', 'a', '1',
-       'text', 'auto', 'none', 'float', '日'*50, '\x00', '{x}', '%s', [], [1], ['a'], [''], [[]], [[1]], [['a']], [None], [{}], {},
-       {'a': 1}, {'1': 1}, {'1': None}, {'type': 'text'}, {'type': 'function'}, {'type': 'json_object'},
-       [{'type': 'function'}], {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': {'$ref': '#'}}},
-       {'': {}}, [[1], 'a'], [1, [2]]]
+       'text', 'auto', 'none', 'float', '日'*50, '\x00', '{x}', '%s', [], [1], ['a'], [''], [[]], [[1]], [['a']],
+       [None], [{}], {}, {'a': 1}, {'1': 1}, {'1': None}, {'type': 'text'}, {'type': 'function'},
+       {'type': 'json_object'}, [{'type': 'function'}], {'type': 'json_schema', 'json_schema': {'name': 'x',
+       'schema': {'$ref': '#'}}}, {'': {}}, [[1], 'a'], [1, [2]]]
 
 
 def every_value(value, deep=2):
@@ -365,6 +378,10 @@ def answer(text, seed=0, k=2, end=True):
 TEXTS = ['Hello there', '日本語のテキスト', 'a😀b👩‍👩‍👧c', 'naïve café', ' ', 'x']
 
 
+def call(name, arguments='', **index):
+    return {**index, 'id': f'call_{name}', 'type': 'function', 'function': {'name': name, 'arguments': arguments}}
+
+
 def test_chats_are_what_openai_says(wrong):
     for k, n in ((None, 1), (0, 2), (2, 3)):
         reply = ChatReply('m', 7, k, cached_tokens=3)
@@ -376,13 +393,14 @@ def test_chats_are_what_openai_says(wrong):
         assert (model.choices[0].logprobs is None) == (k is None)
     cut = ChatReply('m', 7).whole([answer('abc', end=False)])
     assert wrong('CreateChatCompletionResponse', cut) == [] and cut['choices'][0]['finish_reason'] == 'length'
-    calls = [tool_call('weather', '{"city": "Rome"}'), tool_call('f', '{}')]
-    called = ChatReply('m', 7).whole([answer('...')], [calls], [None])
+    calls = [call('weather', '{"city": "Rome"}'), call('f', '{}')]
+    called = ChatReply('m', 7).whole([answer('...')], [{'content': None, 'tool_calls': calls}])
     assert wrong('CreateChatCompletionResponse', called) == []
     choice = strictly(ChatCompletion, called).choices[0]
     assert (choice.finish_reason, choice.message.content) == ('tool_calls', None)
     assert [c.function.name for c in choice.message.tool_calls] == ['weather', 'f']
-    assert len({c.id for c in choice.message.tool_calls}) == 2
+    cut = ChatReply('m', 7).whole([answer('...', end=False)], [{'content': 'a', 'tool_calls': calls}])
+    assert cut['choices'][0]['finish_reason'] == 'length' and cut['choices'][0]['message']['content'] == 'a'
 
 
 def test_the_check_can_fail(wrong):
@@ -396,12 +414,12 @@ def test_chunks_put_together_are_the_whole(wrong):
     answers = [answer(text, i) for i, text in enumerate(TEXTS)]
     whole = ChatReply('m', 7, 2).whole(answers)
     reply, rng = ChatReply('m', 7, 2, include_usage=True), random.Random(0)
-    chunks, left = [reply.opening(i) for i in range(len(answers))], {i: list(a) for i, a in enumerate(answers)}
+    chunks, left = [reply.opening(i)[0] for i in range(len(answers))], {i: list(a) for i, a in enumerate(answers)}
     while left:  # answers that grow at the same time
         i = rng.choice(list(left))
-        chunks.append(reply.chunk(left[i].pop(0), i))
+        chunks += reply.chunks(left[i].pop(0), i)
         if not left[i]: del left[i]
-    chunks = [c for c in chunks if c] + [reply.closing(sum(a[-1].tokens for a in answers))]
+    chunks.append(reply.closing(sum(a[-1].tokens for a in answers)))
     for chunk in chunks:
         assert wrong('CreateChatCompletionStreamResponse', chunk) == []
         strictly(ChatCompletionChunk, chunk)
@@ -417,15 +435,18 @@ def test_chunks_put_together_are_the_whole(wrong):
 
 
 def test_streamed_tool_calls(wrong):
-    reply = ChatReply('m', 7)
-    deltas = [{'content': 'Let me see.'}, {'tool_calls': [tool_call('weather', index=0)]},
-              {'tool_calls': [more_arguments('{"city": ', 0)]}, {'tool_calls': [more_arguments('"Rome"}', 0)]}, {}]
-    pieces = [Piece('.', 1, b'.', tokens=i + 1) for i in range(4)] + [Piece('', 0, finish='stop', tokens=5)]
-    chunks = [reply.opening(), *(reply.chunk(p, delta=d) for p, d in zip(pieces, deltas))]
+    reply = ChatReply('m', 7, 0)
+    def more(text): return {'tool_calls': [{'index': 0, 'function': {'arguments': text}}]}
+    deltas = [[], [{'content': 'Let me see.'}, {'tool_calls': [call('weather', index=0)]}], [], [more('{"city": ')],
+              [more('"Rome"'), more('}')]]
+    pieces = [Piece('.', 1, b'.', -.5, [], tokens=i + 1) for i in range(4)] + [Piece('', 0, finish='stop', tokens=5)]
+    chunks = [*reply.opening(), *(c for p, d in zip(pieces, deltas) for c in reply.chunks(p, 0, d))]
+    assert len(chunks) == 6 and [len((c['choices'][0]['logprobs'] or {'content': []})['content']) for c in chunks] == [
+        0, 2, 0, 2, 0, 0]
     for chunk in chunks:
         assert wrong('CreateChatCompletionStreamResponse', chunk) == []
         strictly(ChatCompletionChunk, chunk)
-    assert chunks[-1]['choices'][0]['finish_reason'] == 'tool_calls' and 'usage' not in chunks[0]
+    assert [c['choices'][0]['finish_reason'] for c in chunks] == [None]*5 + ['tool_calls'] and 'usage' not in chunks[0]
 
 
 def prompt(text, seed=0, start=True):
@@ -482,7 +503,7 @@ def test_completions_in_chunks(wrong):
     whole = TextReply('m', 7, 2, echo=True).whole(answers, [TEXTS[1]]*len(answers), [rows]*len(answers))
     reply = TextReply('m', 7, 2, echo=True, include_usage=True)
     for i, pieces in enumerate(answers):
-        chunks = [c for c in (reply.opening(i, TEXTS[1], rows), *(reply.chunk(p, i) for p in pieces)) if c]
+        chunks = [*reply.opening(i, TEXTS[1], rows), *(c for p in pieces for c in reply.chunks(p, i))]
         mine = [c['choices'][0] for c in chunks]
         assert ''.join(c['text'] for c in mine) == whole['choices'][i]['text']
         for name, column in whole['choices'][i]['logprobs'].items():
@@ -490,7 +511,7 @@ def test_completions_in_chunks(wrong):
         for chunk in chunks:
             strictly(Completion, without_null(chunk) | {'choices': [c | {'finish_reason': c['finish_reason'] or 'stop'}
                                                                     for c in chunk['choices']]})
-    assert TextReply('m', 7).opening(0, 'Hi') is None
+    assert TextReply('m', 7).opening(0, 'Hi') == []
     assert wrong('CreateCompletionResponse', reply.closing(9)) == []
 
 
@@ -551,7 +572,7 @@ def test_the_best_of_more():
 def client():
     "The SDK with a transport that answers by our protocol, from canned pieces."
     http = pytest.importorskip(openai.DefaultHttpxClient.__mro__[1].__module__.split('.')[0])
-    def sse(events): return b''.join(b'data: ' + orjson.dumps(e) + b'\n\n' for e in events if e) + b'data: [DONE]\n\n'
+    def sse(events): return b''.join(b'data: ' + orjson.dumps(e) + b'\n\n' for e in events) + b'data: [DONE]\n\n'
     def respond(request):
         kind = {'completions': CompletionRequest, 'embeddings': EmbeddingRequest}[request.url.path.split('/')[-1]]
         kind = ChatRequest if 'chat' in request.url.path else kind
@@ -569,8 +590,8 @@ def client():
             reply = ChatReply('m', 3, body.top, body.include_usage)
             answers, prompts = [answer(text, i) for i in range(body.draws)], None
         if not body.stream: return http.Response(200, json=reply.whole(answers, *([prompts] if prompts else [])))
-        events = [reply.opening(i) for i in range(len(answers))]
-        events += [reply.chunk(p, i) for i, pieces in enumerate(answers) for p in pieces]
+        events = [c for i in range(len(answers)) for c in reply.opening(i)]
+        events += [c for i, pieces in enumerate(answers) for p in pieces for c in reply.chunks(p, i)]
         if body.include_usage: events.append(reply.closing(sum(a[-1].tokens for a in answers)))
         return http.Response(200, content=sse(events), headers={'content-type': 'text/event-stream'})
     with openai.OpenAI(base_url='http://server/v1', api_key='-', max_retries=0,

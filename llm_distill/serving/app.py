@@ -32,15 +32,15 @@ async def _pieces(engine, prompt, sampling):
             if piece.finish: return
     finally: engine.cancel(job)
 
-# %% ../../nbs/10_serving.app.ipynb #656bb6de
+# %% ../../nbs/10_serving.app.ipynb #ec3d0861
 async def _stream(pieces, reply):
     "An answer as server-sent events."
     import orjson
     def event(data) -> bytes: return b'data: ' + orjson.dumps(data) + b'\n\n'
-    yield event(reply.opening())
+    for chunk in reply.opening(): yield event(chunk)
     try:
         async for piece in pieces:
-            if chunk := reply.chunk(piece): yield event(chunk)
+            for chunk in reply.chunks(piece): yield event(chunk)
         if reply.include_usage: yield event(reply.closing(piece.tokens))
     except ServerError as e:
         from llm_distill.serving.protocol import error_body
