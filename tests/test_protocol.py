@@ -311,6 +311,18 @@ def test_odd_values_are_taken_or_refused_by_name():
     assert taken > 300 and refused > 2000
 
 
+def test_odd_names_are_refused_by_name():
+    for name in ('[x]', '[0]', 'a.b', '日', ' ', 'model_config', '_ignored', 'model_fields', 'copy', '__class__', 'top',
+                 'draws', 'a'*100_000, '{said}', 'body', 'schema_'):
+        for kind in GOOD:
+            error = refusal(kind, **{name: 1})
+            assert error['param'] == name[:64] and error['code'] == 'unknown_parameter', (name, error)
+            assert len(error['message']) < 200
+        error = refusal(ChatRequest, messages=[HI[0] | {name: 1}])
+        assert error['param'].startswith('messages[0]') and error['param'].endswith(name[:64]), (name, error)
+    assert refusal(ChatRequest, **{'': 1})['code'] == 'unknown_parameter'
+
+
 def test_explain_reads_what_fastapi_finds():
     at = {'loc': ('body', 'messages', 0, 'role'), 'type': 'missing', 'msg': 'Field required', 'input': {}}
     wanted = error_body('', 'messages[0].role', 'missing_required_parameter')['error']

@@ -26,7 +26,7 @@ def error_body(
     "An error as OpenAI writes it."
     return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
 
-# %% ../../nbs/10_serving.refusals.ipynb #55716181
+# %% ../../nbs/10_serving.refusals.ipynb #d53e09bb
 def refuse(
     param: str,                  # The parameter, from where the check stands; "" where it is that
     said: str,                   # What is wrong with it, as the end of a sentence
@@ -35,15 +35,13 @@ def refuse(
     "Refuse a value."
     raise PydanticCustomError(code, '{said}', {'said': said, 'param': param})
 
-_CODES = {'missing': 'missing_required_parameter', 'extra_forbidden': 'unknown_parameter',
-          'too_long': 'array_above_max_length', 'too_short': 'array_below_min_length'}
+# %% ../../nbs/10_serving.refusals.ipynb #9e873bef
+_CODES = {'missing': 'missing_required_parameter', 'too_long': 'array_above_max_length',
+          'too_short': 'array_below_min_length'}
 
-def _param(loc) -> str:
-    "A place in a body as OpenAI writes it, `messages[0].role`."
-    def name(x): # words in brackets are pydantic's and the tags of unions; the client wrote no such thing
-        if isinstance(x, int): return f'[{x}]'
-        return f'.{x}' if not x.startswith('[') else x if x[1:2].isdigit() else ''
-    return ''.join(map(name, loc)).removeprefix('.')
+def _place(loc, param: str) -> str:
+    steps = [f'[{x}]' if isinstance(x, int) else f'.{x}' for x in loc if not str(x).startswith('[')]
+    return (''.join(steps) + ('' if param.startswith('[') or not param else '.') + param).removeprefix('.')
 
 def explain(
     errors: list[dict], # Pydantic's findings, or FastAPI's
@@ -52,13 +50,13 @@ def explain(
     first = errors[0]
     kind, ctx, got = first['type'], first.get('ctx') or {}, first.get('input')
     loc = first['loc'][first['loc'][:1] == ('body',):] if kind != 'json_invalid' else ()
-    where = _param((*loc, ctx['param']) if ctx.get('param') else loc)
-    code = kind if 'said' in ctx else _CODES.get(kind, 'invalid_type' if kind.endswith('_type') else 'invalid_value')
-    said = ctx.get('said') or first['msg'][0].lower() + first['msg'][1:]
-    if kind == 'model_type': said = 'input should be an object'
-    short = isinstance(got, int|float) or (isinstance(got, str) and len(got) < 40)
-    if short and 'said' not in ctx: said += f', not {got!r}'
-    if kind == 'missing': return error_body(f'Missing required parameter: {where!r}.', where, code)
+    where = _place(loc, ctx.get('param', ''))
+    if kind == 'missing': return error_body(f'Missing required parameter: {where!r}.', where, _CODES[kind])
+    if 'said' in ctx: code, said = kind, ctx['said']
+    else:
+        code = _CODES.get(kind, 'invalid_type' if kind.endswith('_type') else 'invalid_value')
+        said = 'input should be an object' if kind == 'model_type' else first['msg'][0].lower() + first['msg'][1:]
+        if isinstance(got, int|float) or (isinstance(got, str) and len(got) < 40): said += f', not {got!r}'
     return error_body(f'Invalid {where!r}: {said}.' if where else f'Invalid body: {said}.', where or None, code)
 
 # %% ../../nbs/10_serving.refusals.ipynb #34885993
@@ -74,7 +72,7 @@ class Limits:
     @classmethod
     def of(cls, info: ValidationInfo) -> 'Limits': return info.context or cls()
 
-# %% ../../nbs/10_serving.refusals.ipynb #fa6ebc2a
+# %% ../../nbs/10_serving.refusals.ipynb #50ed8ee6
 class Form(BaseModel):
     "An object of a request: nothing in it is dropped unless its class says so."
     model_config = ConfigDict(extra='forbid')
@@ -92,9 +90,10 @@ class Form(BaseModel):
                 asks_nothing, instead = cls._neutral[name]
                 if value not in asks_nothing: refuse(name, f'not supported, {instead}', 'unsupported_parameter')
             elif name not in names:
-                near = get_close_matches(str(name), names, 1)
+                name = str(name)[:64]
+                near = get_close_matches(name, names, 1)
                 hint = f' (did you mean {near[0]!r}?)' if near else ''
-                refuse(str(name), f'unknown parameter{hint}', 'unknown_parameter')
+                refuse(name, f'unknown parameter{hint}', 'unknown_parameter')
         return {k: v for k, v in said.items() if k not in cls._neutral}
 
 # %% ../../nbs/10_serving.refusals.ipynb #6616ffd9
@@ -105,17 +104,17 @@ def count(low: int, high: int): return Annotated[int, Field(strict=True, ge=low,
 
 Flag = Annotated[bool, Field(strict=True)]|None
 
-# %% ../../nbs/10_serving.refusals.ipynb #5ed446ae
+# %% ../../nbs/10_serving.refusals.ipynb #7e72b4a9
 class Refused(BadInput):
     "A request that cannot be answered as it is; `.body` is what to send back, `.status` of HTTP with it."
     status = 400
     def __init__(self, body: dict): super().__init__(body['error']['message']); self.body = body
 
 def read_body(
-    kind: type[Form],                # `ChatRequest`, `CompletionRequest` or `EmbeddingRequest`
-    data: bytes|str|dict,             # JSON, or what it says
-    limits: Limits|None = None,       # Of this server; None for the usual ones
-) -> Form:                           # An instance of `kind`; raises `Refused`
+    kind: type[Form],           # `ChatRequest`, `CompletionRequest` or `EmbeddingRequest`
+    data: bytes|str|dict,       # JSON, or what it says
+    limits: Limits|None = None, # Of this server; None for the usual ones
+) -> Form:                      # An instance of `kind`; raises `Refused`
     "A request out of the body that a client sent."
     try:
         if isinstance(data, bytes|str): data = orjson.loads(data)
