@@ -98,7 +98,7 @@ def test_the_line_has_an_end_and_a_broken_request_breaks_no_other(local):
     while not first.said: time.sleep(.01)
     engine.submit(prompt, broken, told.extend)
     other = engine.submit(prompt, Sampling(3, ignore_eos=True), told.extend, stream=False)
-    with pytest.raises(ServerBusy) as busy: engine.submit(prompt, Sampling(), told.extend)
+    with pytest.raises(ServerBusy) as busy: engine.submit(prompt, Sampling(4), told.extend)
     assert busy.value.retry_after >= 1 and engine.stats.refused == 1
     engine.cancel(first)
     until = time.monotonic() + 60

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Draft', 'refusal', 'GenerateRequest', 'LogitsRequest', 'Service']
 
-# %% ../../nbs/10_serving.service.ipynb #ee1b97c9
+# %% ../../nbs/10_serving.service.ipynb #3818a09b
 import asyncio
 import base64
 import time
@@ -24,7 +24,7 @@ from .protocol import (ChatRequest, CompletionRequest, EmbeddingRequest, Limits,
 from .refusals import Form, count, number
 from .replies import ChatReply, TextReply, best_answers, embeddings_reply
 from .sampling import Sampling
-from .tools import CallParser, choose_tools, encode_tools, forced_calls
+from .tools import CallParser, choose_tools, encode_tools, forced_calls, parse_calls
 from ..types import BadInput, ServerError
 
 # %% ../../nbs/10_serving.service.ipynb #000f7d39
@@ -119,7 +119,7 @@ class _Reading:
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         return self.tokenizer(text)['input_ids'] or [begin]
 
-# %% ../../nbs/10_serving.service.ipynb #7440bd8d
+# %% ../../nbs/10_serving.service.ipynb #9189c680
 class _Chats(_Reading):
     "`POST /v1/chat/completions`."
     async def chat(self, body: ChatRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -131,36 +131,29 @@ class _Chats(_Reading):
         asked = [asked[0], *(replace(s, prompt_logprobs=None) for s in asked[1:])]
         reply = ChatReply(self.name, len(ids), body.top, body.include_usage)
         draft = Draft(self.engine, [(ids, s) for s in asked], bool(body.stream))
-        parsers = [CallParser(choice.callable) if choice.callable else None for _ in asked]
-        if body.stream: return self._stream_chat(draft, reply, parsers)
+        if body.stream: return self._stream_chat(draft, reply, choice.callable)
         answers = await draft.whole()
-        for parser, pieces in zip(parsers, answers):
-            if parser: parser.feed(''.join(p.text for p in pieces)); parser.finish()
-        calls = [parser.calls if parser else None for parser in parsers]
-        contents = [parser.content or (None if parser.calls else '') if parser else ''.join(p.text for p in pieces)
-                    for parser, pieces in zip(parsers, answers)]
-        return reply.whole(answers, calls, contents, answers[0][0].prompt)
+        said = [parse_calls(_text(pieces), choice.callable) for pieces in answers] if choice.callable else None
+        return reply.whole(answers, said, answers[0][0].prompt)
 
-    async def _stream_chat(self, draft, reply, parsers):
-        tokens = [0]*len(parsers)
+    async def _stream_chat(self, draft, reply, callable):
+        n = len(draft.jobs)
+        tokens, parsers = [0]*n, [CallParser(callable) for _ in range(n)] if callable else None
         try:
-            for i in range(len(parsers)): yield reply.opening(i)
+            for i in range(n):
+                for chunk in reply.opening(i): yield chunk
             async for i, piece in draft:
                 tokens[i] = piece.tokens
-                for chunk in _chunks(reply, i, piece, parsers[i]):
-                    if chunk: yield chunk
+                for chunk in reply.chunks(piece, i, parsers and _deltas(parsers[i], piece)): yield chunk
             if reply.include_usage: yield reply.closing(sum(tokens))
         finally: draft.cancel()
 
-def _chunks(reply: ChatReply, i: int, piece: Piece, parser: CallParser|None):
-    "A piece as chunks: more than one where a call's name and its arguments become known together."
-    if parser is None: return [reply.chunk(piece, i)]
-    deltas = parser.feed(piece.text) + (parser.finish() if piece.finish else [])
-    silent = replace(piece, text='', finish=None, id=-1, token=b'')
-    return [*(reply.chunk(silent, i, delta) for delta in deltas[:-1]),
-            reply.chunk(piece, i, deltas[-1] if deltas else {})]
+def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 
-# %% ../../nbs/10_serving.service.ipynb #3233cbbc
+def _deltas(parser: CallParser, piece: Piece) -> list[dict]:
+    return parser.feed(piece.text) + (parser.finish() if piece.finish else [])
+
+# %% ../../nbs/10_serving.service.ipynb #a21b6ff7
 class _Completions(_Reading):
     "`POST /v1/completions`."
     async def complete(self, body: CompletionRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -171,6 +164,8 @@ class _Completions(_Reading):
             for i in range(body.draws):
                 sampling = body.sampling(choice=i)
                 self._fits(ids, sampling, 'prompt')
+                if body.draws > (body.n or 1) and sampling.top_logprobs is None:  # the best are chosen by them
+                    sampling = replace(sampling, top_logprobs=0)
                 asked.append((ids, sampling if i == 0 else replace(sampling, prompt_logprobs=None)))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in body.prompt]
         reply = TextReply(self.name, sum(map(len, prompts)), body.logprobs, body.include_usage, echo=bool(body.echo))
@@ -179,13 +174,14 @@ class _Completions(_Reading):
         return self._text(await draft.whole(), reply, texts, body)
 
     def _text(self, answers, reply, texts, body) -> dict:
-        n, kept, rows = body.n or 1, [], []
+        n, kept, rows, tokens = body.n or 1, [], [], sum(pieces[-1].tokens for pieces in answers)
         for at in range(0, len(answers), body.draws):
             several = answers[at:at + body.draws]
             rows += [several[0][0].prompt]*n
             several = [[p for p in pieces if p.id >= 0 or p.finish] for pieces in several]
             kept += best_answers(several, n) if body.draws > n else several
-        return reply.whole(kept, [t for t in texts for _ in range(n)], rows, body.prompt_logprobs is not None)
+        texts = [t for t in texts for _ in range(n)]
+        return reply.whole(kept, texts, rows, body.prompt_logprobs is not None, tokens)
 
     async def _stream_text(self, draft, reply, texts, draws):
         tokens, begun, rows = {}, set(), {}
@@ -195,12 +191,12 @@ class _Completions(_Reading):
                 if piece.prompt: rows[prompt] = piece.prompt
                 if i not in begun:
                     begun.add(i)
-                    if chunk := reply.opening(i, texts[prompt], rows.get(prompt)): yield chunk
-                if chunk := reply.chunk(piece, i): yield chunk
+                    for chunk in reply.opening(i, texts[prompt], rows.get(prompt)): yield chunk
+                for chunk in reply.chunks(piece, i): yield chunk
             if reply.include_usage: yield reply.closing(sum(tokens.values()))
         finally: draft.cancel()
 
-# %% ../../nbs/10_serving.service.ipynb #f2929c05
+# %% ../../nbs/10_serving.service.ipynb #93cf28c0
 class GenerateRequest(Form):
     "The body of `POST /generate`."
     input: str
@@ -251,7 +247,7 @@ class _Vectors(_Reading):
         sampling = Sampling(body.max_tokens or self._room(ids), temperature, seed=body.seed)
         self._fits(ids, sampling, 'input')
         pieces, = await Draft(self.engine, [(ids, sampling)], False).whole()
-        return {'text': ''.join(p.text for p in pieces), 'finish_reason': pieces[-1].finish,
+        return {'text': _text(pieces), 'finish_reason': pieces[-1].finish,
                 'usage': {'prompt_tokens': len(ids), 'completion_tokens': pieces[-1].tokens}}
 
     async def logits(self, body: LogitsRequest) -> dict:
