@@ -14,7 +14,6 @@ import torch
 from llm_distill import serve
 from llm_distill.models import encode_chat, load_model, load_tokenizer
 from llm_distill.serving.engine import Engine
-from llm_distill.serving.fuse import fuse
 from llm_distill.serving.sampling import Sampling
 from llm_distill.types import ServerBusy
 from pydantic import BaseModel
@@ -72,7 +71,7 @@ def test_greedy_is_what_generate_says_with_random_arrivals(local):
     for p in prompts:
         with torch.no_grad(): out = model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False)[0, len(p):]
         slow.append(out.tolist())
-    engine = Engine(fuse(load_model('smollm2', 'cpu', torch.float32)), tokenizer, slots=3, max_context=1024, budget=64)
+    engine = Engine(load_model('smollm2', 'cpu', torch.float32), tokenizer, slots=3, max_context=1024, budget=64, fused=True)
     def ask(i):
         time.sleep(rng.random()*2)
         done = threading.Event()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Alternative', 'Emit', 'TextStream', 'PromptRows', 'Piece', 'Stats', 'Job', 'Words', 'Engine']
 
-# %% ../../nbs/10_serving.engine.ipynb #5f2a34a1
+# %% ../../nbs/10_serving.engine.ipynb #85064afe
 import codecs
 import logging
 import os
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models import token_bytes
+from .fuse import fuse
 from .sampling import Sampling, penalise, pick
 from .slots import SlotModel, bytes_per_token
 from ..types import BadInput, ServerBusy, ServerError
@@ -219,11 +220,15 @@ def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
-# %% ../../nbs/10_serving.engine.ipynb #0d33176e
+# %% ../../nbs/10_serving.engine.ipynb #f69a8c6f
 class _Work:
     "What the thread does."
     @torch.inference_mode()
-    def _run(self):
+    def _run(self, model, fused: bool, ready: Future):
+        # Also what is computed once: threads that multiply matrices elsewhere in the process halve the speed here
+        try: self.slots = SlotModel(fuse(model) if fused else model, self.size, self.max_context)
+        except Exception as e: return ready.set_exception(e)
+        ready.set_result(self.slots)
         while not self.ended:
             with self._work:
                 while not (self._waiting or self._at or self._tasks or self.ended): self._work.wait()
@@ -295,7 +300,7 @@ class _Work:
         try: future.set_result(work())
         except Exception as e: future.set_exception(e)
 
-# %% ../../nbs/10_serving.engine.ipynb #0f55e8aa
+# %% ../../nbs/10_serving.engine.ipynb #f6d1f619
 def _memory(device: torch.device) -> float: # Bytes that are free, inf if nobody can tell
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(ValueError, OSError, AttributeError):
@@ -313,6 +318,7 @@ class Engine(_Line, _Work):
         queue: int = 1000,       # How many may wait
         memory: float|None = None, # Bytes for keys and values; None takes up to 60 % of what is free
         budget: int = 256,       # Tokens of prompts that are read between two steps
+        fused: bool = False,     # Change the model for speed, so that it is good for nothing else
     ):                           # Raises `ServerError` for a model that cannot be served here
         config = model.config.get_text_config()
         window = getattr(config, 'sliding_window', None) or max_context
@@ -323,12 +329,12 @@ class Engine(_Line, _Work):
         if each > room:
             raise ServerError(f'keys and values of one answer of {self.max_context} tokens need {each/1e9:.1f} GB, and '
                               f'{room/1e9:.1f} GB are there; lower max_context')
-        self.size, self.stats = min(slots, int(room//each)), Stats()
-        self.slots, self.words = SlotModel(model, self.size, self.max_context), Words(model, tokenizer)
+        self.size, self.stats, self.words = min(slots, int(room//each)), Stats(), Words(model, tokenizer)
         self._waiting, self._at, self._tasks = deque(), {}, deque()
-        self._work, self.ended = threading.Condition(), None  # why the engine answers no more
-        self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
+        self._work, self.ended, ready = threading.Condition(), None, Future()  # why the engine answers no more
+        self._thread = threading.Thread(target=self._run, args=[model, fused, ready], name='engine', daemon=True)
         self._thread.start()
+        self.slots = ready.result()
 
     def submit(
         self,

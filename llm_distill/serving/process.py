@@ -28,7 +28,7 @@ def _take_port(host: str, port: int) -> socket.socket:
         raise ServerError(f'cannot listen on {host}:{port} ({e}); choose another port, or 0 for any free one') from e
     return taken
 
-# %% ../../nbs/10_serving.process.ipynb #c37c4bd2
+# %% ../../nbs/10_serving.process.ipynb #52a48cd9
 def run_server(
     model: str|Path,            # A folder, "smollm2" or a hub name
     host: str = '127.0.0.1',    # Where to listen; the default is for this machine alone
@@ -45,7 +45,6 @@ def run_server(
         import uvicorn
         from llm_distill.serving.app import create_app
         from llm_distill.serving.engine import Engine
-        from llm_distill.serving.fuse import fuse
         from llm_distill.serving.service import Service
         place = find_model(model)
 
@@ -55,7 +54,7 @@ def run_server(
                 if on_ready: on_ready(f'http://{host}:{taken.getsockname()[1]}/v1')
 
         tokenizer = load_tokenizer(place)
-        engine = Engine(fuse(load_model(place, device)), tokenizer, slots)
+        engine = Engine(load_model(place, device), tokenizer, slots, fused=True)
         app = create_app(Service(engine, tokenizer, name or Path(place).resolve().name))
         try: Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5)).run(sockets=[taken])
         finally: engine.close()
