@@ -575,7 +575,12 @@ def test_the_best_of_more():
     far, near = answer('aaaa', 1), answer('bb', 2)
     for p in far: p.logprob = -1.
     for p in near: p.logprob = -.5
-    assert best_answers([far, near, far], 2) == [near, far]
+    drawn = [far, near, far]
+    assert best_answers(drawn, 2) == [near, far]
+    told = TextReply('m', 3).whole(best_answers(drawn, 1), tokens=sum(a[-1].tokens for a in drawn))
+    assert told['usage']['completion_tokens'] > near[-1].tokens and len(told['choices']) == 1
+    asked = read_body(CompletionRequest, GOOD[CompletionRequest] | {'best_of': 3})
+    assert (asked.draws, asked.logprobs, asked.sampling().top_logprobs) == (3, None, 0)
 
 
 # -- the official SDK, over our protocol -----------------------------------------------------------------------------

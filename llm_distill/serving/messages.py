@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from .refusals import Flag, Form, refuse
 
-# %% ../../nbs/10_serving.messages.ipynb #e20bcb66
+# %% ../../nbs/10_serving.messages.ipynb #10262e5a
 class Part(Form):
     "A part of a message; text is all that these models read."
     _neutral = dict.fromkeys(('image_url', 'input_audio', 'file'), ((), 'these models read text'))
@@ -27,6 +27,7 @@ def _parts(value):
         refuse('', 'expected a string, or a list of parts with texts', 'invalid_type')
     return value
 
+# %% ../../nbs/10_serving.messages.ipynb #794a4bc5
 class _FunctionCall(Form):
     "What a tool is called with."
     _ignored = frozenset({'parsed_arguments'})
@@ -78,7 +79,7 @@ class ChatMessage(Form):
         if self.tool_calls: turn['tool_calls'] = [c.model_dump() for c in self.tool_calls]
         return turn | {k: v for k in ('name', 'tool_call_id') if (v := getattr(self, k)) is not None}
 
-# %% ../../nbs/10_serving.messages.ipynb #e9f8d7ad
+# %% ../../nbs/10_serving.messages.ipynb #b8648dad
 _NAME = Field(pattern=r'^[a-zA-Z0-9_.-]{1,64}$')
 
 class _Function(Form):
@@ -93,6 +94,7 @@ class Tool(Form):
     type: Literal['function']
     function: _Function
 
+# %% ../../nbs/10_serving.messages.ipynb #ece6ba32
 class _FunctionName(Form):
     "Which tool it must be."
     name: str

@@ -46,7 +46,7 @@ def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 def _finish(pieces: list[Piece]) -> str: # Of an answer of no tokens: that is all it might have
     return pieces[-1].finish if pieces else 'length'
 
-# %% ../../nbs/10_serving.replies.ipynb #79c0e2a4
+# %% ../../nbs/10_serving.replies.ipynb #8823ae27
 class _Reply:
     "Writes the answers to one request."
     kind = chunk_kind = prefix = ''
@@ -65,8 +65,8 @@ class _Reply:
     def _frame(self, kind: str, choices: list[dict], **rest) -> dict:
         return {'id': self.id, 'object': kind, 'created': self.created, 'model': self.model, 'choices': choices, **rest}
 
-    def _whole(self, answers, choices) -> dict:
-        tokens = sum(pieces[-1].tokens for pieces in answers if pieces)
+    def _whole(self, answers, choices, tokens=None) -> dict:
+        if tokens is None: tokens = sum(pieces[-1].tokens for pieces in answers if pieces)
         return self._frame(self.kind, choices, usage=usage(self.prompt_tokens, tokens, self.cached_tokens))
 
     def _chunk(self, choice: dict) -> dict:
@@ -170,7 +170,7 @@ def _places_in(text: str, tokens: list[bytes]) -> list[int]:
         ends.append(ends[-1] + len(shown))
     return _Places()([data[a:b] for a, b in pairwise(ends)])
 
-# %% ../../nbs/10_serving.replies.ipynb #b18f77a0
+# %% ../../nbs/10_serving.replies.ipynb #03e7f62d
 class TextReply(_Reply):
     "Writes `POST /v1/completions`."
     kind, chunk_kind, prefix = 'text_completion', 'text_completion', 'cmpl'
@@ -194,6 +194,7 @@ class TextReply(_Reply):
         prompts: list[str]|None = None,            # The prompt of each answer, as text
         rows: list[PromptRows|None]|None = None,   # The prompt's logprobs of each answer, to be echoed
         prompt_logprobs: bool = False,             # Write them beside the answer too
+        tokens: int|None = None,                   # Of all answers, where only the best are sent
     ) -> dict:
         "All of it at once."
         choices = []
@@ -204,7 +205,7 @@ class TextReply(_Reply):
             choices.append({'index': i, 'text': (text if self.echo else '') + _text(pieces), 'logprobs': columns,
                             'finish_reason': _finish(pieces)})
             if prompt_logprobs: choices[-1]['prompt_logprobs'] = prompt_rows(row)
-        return self._whole(answers, choices)
+        return self._whole(answers, choices, tokens)
 
     def opening(self, index: int = 0, prompt: str = '', rows: PromptRows|None = None) -> list[dict]:
         "The first chunk of an answer: the prompt, for those who want its echo."
