@@ -106,6 +106,18 @@ def test_a_null_is_the_same_as_nothing():
             assert read_body(kind, good | {name: None}) == plain, name
 
 
+def test_every_parameter_that_openai_knows_has_a_place(document):
+    schemas = document['components']['schemas']
+    def names(schema):
+        schema = schemas[schema['$ref'].split('/')[-1]] if '$ref' in schema else schema
+        return set(schema.get('properties', ())).union(*map(names, schema.get('allOf', ())))
+    for kind, name in ((ChatRequest, 'CreateChatCompletionRequest'), (CompletionRequest, 'CreateCompletionRequest'),
+                       (EmbeddingRequest, 'CreateEmbeddingRequest')):
+        theirs, beyond = names({'$ref': name}), kind._ignored | set(kind._neutral)
+        assert theirs <= set(kind.model_fields) | beyond and len(theirs) > 4
+        assert beyond <= theirs and not beyond & set(kind.model_fields)  # nothing else is let through
+
+
 def test_what_was_asked_reaches_the_engine():
     given = {'temperature': 0.5, 'top_p': 0.9, 'top_k': 40, 'min_p': 0.1, 'repetition_penalty': 1.2, 'stop': ['a', ''],
              'presence_penalty': -1, 'frequency_penalty': 1.5, 'logit_bias': {'7': -100, '8': 2.5}, 'seed': 5,
@@ -238,7 +250,7 @@ def test_limits_of_the_server():
            ('chat', {'logit_bias': {'5': 1, '100': 1}}, 'logit_bias'),
            ('chat', {'prompt_logprobs': 3}, 'prompt_logprobs'),
            ('text', {'prompt': [[1], [100]]}, 'prompt[1][0]'), ('text', {'logprobs': 3}, 'logprobs'),
-           ('text', {'prompt': ['a']*5}, 'prompt'), ('text', {'n': 3, 'best_of': 5}, 'n'),
+           ('text', {'prompt': ['a']*5}, 'prompt'), ('chat', {'n': 5}, 'n'), ('text', {'n': 3, 'best_of': 5}, 'n'),
            ('embed', {'dimensions': 9}, 'dimensions'), ('embed', {'input': [[15339, 1917]]}, 'input[0][0]')]
     for kind, params in ok: assert refusal(KINDS[kind], small, **params) is None, params
     for kind, params, param in bad: assert refusal(KINDS[kind], small, **params)['param'] == param, params
@@ -444,6 +456,30 @@ def test_chunks_put_together_are_the_whole(wrong):
         assert [r for c in mine for r in (c['logprobs'] or {'content': []})['content']] == choice['logprobs']['content']
         assert [c['finish_reason'] for c in mine] == [None]*(len(mine) - 1) + [choice['finish_reason']]
         assert all(c['delta']['content'] and c['logprobs']['content'] for c in mine[1:-1])
+
+
+def test_bytes_that_are_no_text():
+    rng = random.Random(0)
+    for case in range(60):
+        data = bytes(rng.choice(b'a \\\xe6\x97\xa5\xff\xf0\x9f\x98\x80\xc3') for _ in range(rng.randrange(1, 30)))
+        decode = codecs.getincrementaldecoder('utf-8')('replace').decode
+        cuts = sorted({0, len(data), *(rng.randrange(len(data)) for _ in range(rng.randrange(12)))})
+        tokens = [data[a:b] for a, b in zip(cuts, cuts[1:])]
+        pieces = [Piece(decode(t, i == len(tokens) - 1), i, t, -i - .5, [(i, t, -i - .5)], tokens=i + 1)
+                  for i, t in enumerate(tokens)]
+        pieces[-1].finish, text = 'length', data.decode('utf-8', 'replace')
+        for kind, read in ((ChatReply, chat_completions), (TextReply, text_completions)):
+            whole, stream = kind('m', 1, 1).whole([pieces]), kind('m', 1, 1)
+            found = read(orjson.dumps(whole), 'm')[0]
+            assert found.text == text and found.logprobs.tokens == tokens, (case, data)
+            assert [row[0] for row in found.logprobs.top_tokens] == tokens
+            chunks = [c['choices'][0] for p in pieces for c in stream.chunks(p)]
+            assert ''.join(c['text'] if kind is TextReply else c['delta']['content'] for c in chunks if
+                           kind is TextReply or c['delta']) == text
+        columns = whole['choices'][0]['logprobs']
+        assert columns['text_offset'] == sorted(columns['text_offset']) and columns['text_offset'][0] == 0
+        assert columns['text_offset'][-1] <= len(text)
+        assert [o for c in chunks for o in c['logprobs']['text_offset']] == columns['text_offset']
 
 
 def test_streamed_tool_calls(wrong):

@@ -49,7 +49,7 @@ def _check_alternatives(name, k, limits):
     refuse(name, f'this server reports up to {limits.max_logprobs} alternatives, not {k}; it can be started with '
                  'a higher --max-logprobs', 'integer_above_max_value')
 
-# %% ../../nbs/10_serving.protocol.ipynb #cf26cdfa
+# %% ../../nbs/10_serving.protocol.ipynb #e7b48ded
 class _StreamOptions(Form):
     "What a stream holds beside the answer."
     _ignored = frozenset({'include_obfuscation'})  # padding against eavesdroppers; the answer is the same
@@ -90,6 +90,7 @@ class _Asking(Form):
             refuse('prompt_logprobs', 'they come with whole answers, not with a stream')
         if limits.vocabulary is not None and worst >= limits.vocabulary:
             refuse('logit_bias', f"this model's token ids are below {limits.vocabulary}, not {worst}")
+        if self.draws > limits.max_answers: refuse('n', f'up to {limits.max_answers} at a time')
         _check_alternatives('prompt_logprobs', self.prompt_logprobs, limits)
         _check_drawing(self, limits)
         return self
