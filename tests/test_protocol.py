@@ -563,6 +563,19 @@ def test_completions_in_chunks(wrong):
     assert wrong('CreateCompletionResponse', reply.closing(9)) == []
 
 
+def test_columns_of_odd_tokens():
+    "Twins, impossible tokens, and SentencePiece's space before the first word."
+    twins = [(3, b'a', -.5), (4, b'a', -2.), (5, b'b', -math.inf)]
+    rows = PromptRows([1, 6, 7], [b'<s>', b' Hi', b' you'], [None, -1., -math.inf], [None, twins, twins])
+    said = [Piece('a', 4, b'a', -2., twins, 'length', 1)]
+    columns = TextReply('m', 3, 3, echo=True).whole([said], ['Hi you'], [rows])['choices'][0]['logprobs']
+    assert columns['text_offset'] == [0, 0, 2, 6] and columns['token_logprobs'] == [None, -1, LOWEST, -2]
+    assert columns['top_logprobs'][1:] == [{'a': -.5, 'b': LOWEST, ' Hi': -1}, {'a': -.5, 'b': LOWEST, ' you': LOWEST},
+                                           {'a': -.5, 'b': LOWEST}]
+    row = ChatReply('m', 3, 3).whole([said])['choices'][0]['logprobs']['content'][0]
+    assert [t['logprob'] for t in row['top_logprobs']] == [-.5, -2, LOWEST]
+
+
 def test_scoring_as_lm_eval_reads_it():
     ids = prompt('one two three', 4, start=False)
     for pieces in ([], [Piece('', 0, b'', -2., [(0, b'', -2.)], 'stop', 1)], answer('x', end=False)):
