@@ -106,6 +106,18 @@ def test_a_null_is_the_same_as_nothing():
             assert read_body(kind, good | {name: None}) == plain, name
 
 
+def test_every_parameter_that_openai_knows_has_a_place(document):
+    schemas = document['components']['schemas']
+    def names(schema):
+        schema = schemas[schema['$ref'].split('/')[-1]] if '$ref' in schema else schema
+        return set(schema.get('properties', ())).union(*map(names, schema.get('allOf', ())))
+    for kind, name in ((ChatRequest, 'CreateChatCompletionRequest'), (CompletionRequest, 'CreateCompletionRequest'),
+                       (EmbeddingRequest, 'CreateEmbeddingRequest')):
+        theirs, beyond = names({'$ref': name}), kind._ignored | set(kind._neutral)
+        assert theirs <= set(kind.model_fields) | beyond and len(theirs) > 4
+        assert beyond <= theirs and not beyond & set(kind.model_fields)  # nothing else is let through
+
+
 def test_what_was_asked_reaches_the_engine():
     given = {'temperature': 0.5, 'top_p': 0.9, 'top_k': 40, 'min_p': 0.1, 'repetition_penalty': 1.2, 'stop': ['a', ''],
              'presence_penalty': -1, 'frequency_penalty': 1.5, 'logit_bias': {'7': -100, '8': 2.5}, 'seed': 5,
@@ -238,7 +250,7 @@ def test_limits_of_the_server():
            ('chat', {'logit_bias': {'5': 1, '100': 1}}, 'logit_bias'),
            ('chat', {'prompt_logprobs': 3}, 'prompt_logprobs'),
            ('text', {'prompt': [[1], [100]]}, 'prompt[1][0]'), ('text', {'logprobs': 3}, 'logprobs'),
-           ('text', {'prompt': ['a']*5}, 'prompt'), ('text', {'n': 3, 'best_of': 5}, 'n'),
+           ('text', {'prompt': ['a']*5}, 'prompt'), ('chat', {'n': 5}, 'n'), ('text', {'n': 3, 'best_of': 5}, 'n'),
            ('embed', {'dimensions': 9}, 'dimensions'), ('embed', {'input': [[15339, 1917]]}, 'input[0][0]')]
     for kind, params in ok: assert refusal(KINDS[kind], small, **params) is None, params
     for kind, params, param in bad: assert refusal(KINDS[kind], small, **params)['param'] == param, params
@@ -446,6 +458,30 @@ def test_chunks_put_together_are_the_whole(wrong):
         assert all(c['delta']['content'] and c['logprobs']['content'] for c in mine[1:-1])
 
 
+def test_bytes_that_are_no_text():
+    rng = random.Random(0)
+    for case in range(60):
+        data = bytes(rng.choice(b'a \\\xe6\x97\xa5\xff\xf0\x9f\x98\x80\xc3') for _ in range(rng.randrange(1, 30)))
+        decode = codecs.getincrementaldecoder('utf-8')('replace').decode
+        cuts = sorted({0, len(data), *(rng.randrange(len(data)) for _ in range(rng.randrange(12)))})
+        tokens = [data[a:b] for a, b in zip(cuts, cuts[1:])]
+        pieces = [Piece(decode(t, i == len(tokens) - 1), i, t, -i - .5, [(i, t, -i - .5)], tokens=i + 1)
+                  for i, t in enumerate(tokens)]
+        pieces[-1].finish, text = 'length', data.decode('utf-8', 'replace')
+        for kind, read in ((ChatReply, chat_completions), (TextReply, text_completions)):
+            whole, stream = kind('m', 1, 1).whole([pieces]), kind('m', 1, 1)
+            found = read(orjson.dumps(whole), 'm')[0]
+            assert found.text == text and found.logprobs.tokens == tokens, (case, data)
+            assert [row[0] for row in found.logprobs.top_tokens] == tokens
+            chunks = [c['choices'][0] for p in pieces for c in stream.chunks(p)]
+            assert ''.join(c['text'] if kind is TextReply else c['delta']['content'] for c in chunks if
+                           kind is TextReply or c['delta']) == text
+        columns = whole['choices'][0]['logprobs']
+        assert columns['text_offset'] == sorted(columns['text_offset']) and columns['text_offset'][0] == 0
+        assert columns['text_offset'][-1] <= len(text)
+        assert [o for c in chunks for o in c['logprobs']['text_offset']] == columns['text_offset']
+
+
 def test_streamed_tool_calls(wrong):
     reply = ChatReply('m', 7, 0)
     def more(text): return {'tool_calls': [{'index': 0, 'function': {'arguments': text}}]}
@@ -527,6 +563,19 @@ def test_completions_in_chunks(wrong):
     assert wrong('CreateCompletionResponse', reply.closing(9)) == []
 
 
+def test_columns_of_odd_tokens():
+    "Twins, impossible tokens, and SentencePiece's space before the first word."
+    twins = [(3, b'a', -.5), (4, b'a', -2.), (5, b'b', -math.inf)]
+    rows = PromptRows([1, 6, 7], [b'<s>', b' Hi', b' you'], [None, -1., -math.inf], [None, twins, twins])
+    said = [Piece('a', 4, b'a', -2., twins, 'length', 1)]
+    columns = TextReply('m', 3, 3, echo=True).whole([said], ['Hi you'], [rows])['choices'][0]['logprobs']
+    assert columns['text_offset'] == [0, 0, 2, 6] and columns['token_logprobs'] == [None, -1, LOWEST, -2]
+    assert columns['top_logprobs'][1:] == [{'a': -.5, 'b': LOWEST, ' Hi': -1}, {'a': -.5, 'b': LOWEST, ' you': LOWEST},
+                                           {'a': -.5, 'b': LOWEST}]
+    row = ChatReply('m', 3, 3).whole([said])['choices'][0]['logprobs']['content'][0]
+    assert [t['logprob'] for t in row['top_logprobs']] == [-.5, -2, LOWEST]
+
+
 def test_scoring_as_lm_eval_reads_it():
     ids = prompt('one two three', 4, start=False)
     for pieces in ([], [Piece('', 0, b'', -2., [(0, b'', -2.)], 'stop', 1)], answer('x', end=False)):
@@ -575,7 +624,12 @@ def test_the_best_of_more():
     far, near = answer('aaaa', 1), answer('bb', 2)
     for p in far: p.logprob = -1.
     for p in near: p.logprob = -.5
-    assert best_answers([far, near, far], 2) == [near, far]
+    drawn = [far, near, far]
+    assert best_answers(drawn, 2) == [near, far]
+    told = TextReply('m', 3).whole(best_answers(drawn, 1), tokens=sum(a[-1].tokens for a in drawn))
+    assert told['usage']['completion_tokens'] > near[-1].tokens and len(told['choices']) == 1
+    asked = read_body(CompletionRequest, GOOD[CompletionRequest] | {'best_of': 3})
+    assert (asked.draws, asked.logprobs, asked.sampling().top_logprobs) == (3, None, 0)
 
 
 # -- the official SDK, over our protocol -----------------------------------------------------------------------------

@@ -17,13 +17,13 @@ import numpy as np
 
 from .engine import Piece, PromptRows
 
-# %% ../../nbs/10_serving.replies.ipynb #4dc680d4
+# %% ../../nbs/10_serving.replies.ipynb #5b50dded
 LOWEST = -9999.
 
 def token_text(
     token: bytes,
     prefix: str = '', # Of a token that is no text by itself; "bytes:" in the older endpoint
-) -> str:             # Different for different tokens
+) -> str:
     "A token as a string; bytes that are no text are escaped."
     try: return token.decode()
     except UnicodeDecodeError: return prefix + ''.join(f'\\x{b:02x}' for b in token)
