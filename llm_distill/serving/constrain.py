@@ -54,11 +54,11 @@ class _Vocabulary:
             data = data[n:]
         return ids
 
-# %% ../../nbs/10_serving.constrain.ipynb #6c18505c
+# %% ../../nbs/10_serving.constrain.ipynb #354e7e28
 _MAPS = ('properties', '$defs', 'definitions')           # of names to schemas
 _PLACES = ('items', 'prefixItems', 'anyOf', 'oneOf', 'allOf', 'additionalProperties')
-_NOTES = {'title', 'description', 'default', 'examples', 'deprecated', 'discriminator', '$defs', 'definitions', '$schema',
-          '$id', '$comment', 'readOnly', 'writeOnly'}    # say nothing about what is valid
+_NOTES = {'title', 'description', 'default', 'examples', 'deprecated', 'discriminator', 'readOnly', 'writeOnly',
+          '$defs', 'definitions', '$schema', '$id', '$comment'}  # say nothing about what is valid
 _OTHERS = {'additionalProperties', 'unevaluatedProperties', 'patternProperties', 'propertyNames', 'minProperties',
            'dependentRequired', 'dependentSchemas', 'if', 'not'}
 
@@ -179,12 +179,13 @@ def masks(
     unpacked = np.unpackbits(packed, axis=1, count=matchers[0].width, bitorder='little')
     return torch.from_numpy(unpacked.view(bool))
 
-# %% ../../nbs/10_serving.constrain.ipynb #e46f830e
+# %% ../../nbs/10_serving.constrain.ipynb #40ba0a89
 def _first_line(said: str) -> str: return ' '.join(said.split('<state>')[0].split())[:300]
 
 def _unsupported(said: str) -> str:
     "llguidance's words about a schema in ours."
-    if match := re.search(r'Unimplemented keys: (\[.*?\])', said): return f'not supported: {", ".join(json.loads(match[1]))}'
+    keys = re.search(r'Unimplemented keys: (\[.*?\])', said)
+    if keys: return f'not supported: {", ".join(json.loads(keys[1]))}'
     if 'recursion limit' in said: return 'it is nested too deeply'
     return _first_line(said).split(" Enable 'coerce_one_of'")[0].rstrip('. ')
 
@@ -244,3 +245,19 @@ class Constraints:
     def json_object(self) -> Matcher: # For one answer
         "Any JSON object."
         return self(schema_grammar({'type': 'object'}))
+
+    def response(
+        self,
+        response_format: dict|None, # As in the request
+    ) -> Matcher|None:              # None for free text; raises `BadInput` that begins with the parameter's name
+        "What OpenAI's parameter of this name asks for."
+        asked = response_format or {'type': 'text'}
+        kind, inner = asked.get('type'), asked.get('json_schema')
+        if kind == 'text': return None
+        try:
+            if kind == 'json_object': return self.json_object()
+            if kind == 'json_schema' and isinstance(inner, dict):
+                return self.json_schema(inner.get('schema'), inner.get('strict') is True)
+        except BadInput as e: raise BadInput(f'response_format: {e}') from None
+        raise BadInput('response_format: must be {"type": "text"}, {"type": "json_object"}, or '
+                       '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}')
