@@ -3,6 +3,7 @@ import copy
 import enum
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -245,6 +246,16 @@ def test_answers_of_one_schema_do_not_disturb_each_other(babbler):
     assert babbler(first, 0) == alone[0]
     many = [babbler.constraints.json_schema(s) for s in (schema, {'type': 'object'}, SCHEMAS['tuple'])]
     assert torch.equal(masks(many), torch.stack([m.mask() for m in many]))
+
+
+def test_other_threads_may_use_the_tokenizer_meanwhile(babbler):
+    tokenizer, grammar = babbler.constraints.tokenizer, calls_grammar([{'name': 'get_weather'}, {'name': 'get_time'}])
+    chat, alone = '<|im_start|>user\nHi<|im_end|>\n', babbler(babbler.constraints(grammar), 0)
+    ids = tokenizer(chat)['input_ids']
+    with ThreadPoolExecutor(3) as pool:
+        said = [pool.submit(lambda: babbler(babbler.constraints(grammar), 0)) for _ in range(12)]
+        while not all(s.done() for s in said): assert tokenizer(chat)['input_ids'] == ids
+    assert {s.result() for s in said} == {alone}
 
 
 def test_a_head_narrower_than_the_vocabulary(babbler):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_CALLS', 'close_objects', 'schema_grammar', 'calls_grammar', 'Matcher', 'masks', 'Constraints']
 
-# %% ../../nbs/10_serving.constrain.ipynb #d7cb835b
+# %% ../../nbs/10_serving.constrain.ipynb #1adaced7
+import copy
 import json
 import re
 import threading
@@ -20,7 +21,7 @@ import torch
 from ..models import token_bytes
 from ..types import BadInput, ServerError
 
-# %% ../../nbs/10_serving.constrain.ipynb #d7092ca9
+# %% ../../nbs/10_serving.constrain.ipynb #fb4735d0
 class _Vocabulary:
     "A vocabulary as llguidance wants to see it."
     bos_token_id = None
@@ -32,7 +33,10 @@ class _Vocabulary:
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         nothing = {i for i, t in enumerate(self.tokens) if not t}
         self.special_token_ids = sorted(i for i in special | nothing | ends if i < width)
-        self.eos_token_id, self.tokenizer = min(ends), tokenizer
+        self.eos_token_id, self.backend = min(ends), copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True  # as text; a setting of the tokenizer, hence a copy of our own
         silent = set(self.special_token_ids)
         self.id_of = {t: i for i, t in reversed([*enumerate(self.tokens)]) if i not in silent}
         self.longest = max(map(len, self.id_of), default=1)
@@ -40,8 +44,7 @@ class _Vocabulary:
     def __call__(self, data: bytes|str) -> list[int]:
         "The tokenizer's own cut where its tokens join to these bytes, else the longest tokens from the left."
         data = data.encode() if isinstance(data, str) else data
-        ids = self.tokenizer(data.decode(errors='replace'), add_special_tokens=False,
-                             split_special_tokens=True)['input_ids']
+        ids = self.backend.encode(data.decode(errors='replace'), add_special_tokens=False).ids
         if ids and self.tokens[ids[0]] == b' ' and not data.startswith(b' '): ids = ids[1:]
         return ids if b''.join(self.tokens[i] for i in ids) == data else self._greedy(data)
 
