@@ -71,6 +71,11 @@ def obj(**properties):
     return {'type': 'object', 'properties': properties, 'required': [*properties], 'additionalProperties': False}
 
 
+def silent(**properties):
+    "An object that does not say whether there may be other properties."
+    return {k: v for k, v in obj(**properties).items() if k != 'additionalProperties'}
+
+
 STRING, NUMBER, INTEGER, NULL = ({'type': t} for t in ('string', 'number', 'integer', 'null'))
 OPEN = {'additionalProperties': True}
 POINT, POINTED = {'point': obj(x=NUMBER, y=NUMBER)}, {'$ref': '#/$defs/point'}
@@ -94,6 +99,8 @@ SCHEMAS = {
     'optional': obj(a=STRING, b=NUMBER, c={'type': 'boolean'}) | {'required': ['b']},
     'map': {'type': 'object', 'additionalProperties': INTEGER},
     'allOf': {'allOf': [obj(a=STRING) | OPEN, obj(b=NUMBER) | OPEN]},
+    'allOf, silent': {'allOf': [silent(a=STRING), silent(b=NUMBER)]},
+    'beside': {'$defs': {'base': silent(a=STRING)}, '$ref': '#/$defs/base', **silent(b=NUMBER)},
     'discriminated': {'oneOf': [obj(kind={'const': 'cat'}, lives=INTEGER), obj(kind={'const': 'dog'}, name=STRING)]},
     'scalar': {'type': 'integer', 'minimum': 10, 'maximum': 99},
 }
@@ -181,6 +188,16 @@ def test_forced_calls_name_a_tool_and_follow_its_schema(babbler):
         if call['name'] == 'now': assert arguments == {}
         else: kinds[call['name']].model_validate(arguments)
     assert len({c['name'] for c in calls}) > 1
+
+
+def test_objects_have_no_properties_that_nobody_named(babbler):
+    schema = {'$defs': {'inner': silent(x=INTEGER) | {'required': []}},
+              **silent(a={'$ref': '#/$defs/inner'}, b={'type': 'array', 'items': {'anyOf': [silent(y=INTEGER), NULL]}})}
+    said = [babbler(babbler.constraints.json_schema(schema), seed, patience=60) for seed in range(8)]
+    answers = [json.loads(s) for s in said if s is not None]
+    inner = [a['a'] for a in answers] + [x for a in answers for x in a['b'] if x is not None]
+    assert len(inner) > 8 and all(a.keys() == {'a', 'b'} for a in answers)
+    assert {key for x in inner for key in x} == {'x', 'y'}
 
 
 def test_any_object(babbler):
