@@ -323,6 +323,7 @@ TEXTS = {
     'llama, several': (f'<|python_tag|>{call("f", "{}", "parameters")}; {call("f", DEEP, "parameters")}', None,
                        [('f', '{}'), ('f', DEEP)]),
     'mistral': (f'[TOOL_CALLS] [{call("f")}, {call("get_weather", ROME)}]', None, [('f', '{}'), ('get_weather', ROME)]),
+    'granite': (f'<|tool_call|>[{call("f")}, {call("f", DEEP)}]', None, [('f', '{}'), ('f', DEEP)]),
     'mistral, later': ('[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]get_weather[CALL_ID]123456789[ARGS]' + ROME, None,
                        [('f', '{}'), ('get_weather', ROME)]),
     'text': (' Just <b>text</b>, 1 < 2 [TOOL_CALL] {"name": "f"} \n', None, []),

@@ -206,8 +206,8 @@ class _Value:
                 if not self.depth: return i + 1
             elif c == '<' or (not self.depth and c in ',}] \n'): return i  # a mark: it was never closed
 
-# %% ../../nbs/10_serving.tools.ipynb #26ce59cc
-MARKS = ('<tool_call>', '[TOOL_CALLS]', '<|python_tag|>')
+# %% ../../nbs/10_serving.tools.ipynb #46fcd882
+MARKS = ('<tool_call>', '[TOOL_CALLS]', '<|tool_call|>', '<|python_tag|>')
 _CLOSE, _KEYS = '</tool_call>', ('name', 'type', 'id', 'arguments', 'parameters')
 _ASIDE = r'(?:"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*)*'
 _HEAD = re.compile(rf'\{{\s*{_ASIDE}"name"\s*:\s*"([^"\\]+)"\s*,\s*{_ASIDE}"(?:arguments|parameters)"\s*:\s*(?=\{{)')
@@ -233,26 +233,12 @@ def _whole_call(text: str) -> tuple[str, str]|None:
     arguments = call.get('arguments', call.get('parameters'))
     return call['name'], arguments if isinstance(arguments, str) else _dump({} if arguments is None else arguments)
 
-# %% ../../nbs/10_serving.tools.ipynb #ee367681
-class CallParser:
-    "Turns an answer, whole or in pieces, into OpenAI's deltas of content and tool calls."
-    def __init__(
-        self,
-        names: list[str], # Functions that may be called
-    ):
-        self.names, self.calls, self.content = names, [], ''  # the calls and the content so far, as in a whole message
-        self._text, self._final, self._out, self._reading = '', False, [], self._read()
-
-    def feed(self, text: str) -> list[dict]: # Deltas: {"content": ...} or {"tool_calls": [...]}
-        "Read on."
-        self._text, self._out = self._text + text, []
-        next(self._reading, None)
-        return self._out
-
-    def finish(self) -> list[dict]: # The last deltas
-        "The answer has come to its end."
-        self._final = True
-        return self.feed('')
+# %% ../../nbs/10_serving.tools.ipynb #c0780613
+class _Deltas:
+    "Text that is not decided yet, and what was decided."
+    def __init__(self, names: list[str]):
+        self.names, self.calls, self.content = names, [], ''  # content and calls so far, as in a whole message
+        self._text, self._final, self._out = '', False, []
 
     def _take(self, n: int|None) -> str: # None takes all
         "Some characters from the front of what is not decided."
@@ -274,60 +260,24 @@ class CallParser:
         self.calls[-1]['function']['arguments'] += text
         self._out.append({'tool_calls': [{'index': len(self.calls) - 1, 'function': {'arguments': text}}]})
 
-    def _read(self):
-        "An answer: calls without a mark, or text with marked calls in it."
-        while not self._text.strip() and not self._final: yield
-        if self._text.lstrip()[:1] in ('{', '['): yield from self._read_calls(0, self.names)
-        while lead := (yield from self._read_text()):
-            before = len(self.calls)
-            yield from self._read_calls(lead, None)
-            if len(self.calls) == before: self._say(self._take(lead))
-
-    def _read_text(self): # Returns the length of the next mark and the space before it, 0 at the end
-        while True:
-            at, mark = min(((i, m) for m in MARKS if (i := self._text.find(m)) >= 0), default=(-1, ''))
-            if mark:
-                self._say(self._take(len(self._text[:at].rstrip())))
-                return self._text.index(mark) + len(mark)
-            part = max((n for m in MARKS for n in range(1, len(m)) if self._text.endswith(m[:n])), default=0)
-            certain = len(self._text) if self._final else len(self._text) - part
-            self._say(self._take(len(self._text[:certain].rstrip())))
-            if self._final: break
-            yield
-        rest = self._take(None)
-        self._say(rest if not self.calls else rest.rstrip())
-        return 0
-
+# %% ../../nbs/10_serving.tools.ipynb #69757b28
+class _Calls(_Deltas):
+    "Reads calls from the front of the text."
     def _read_calls(self, lead: int, names: list[str]|None):
-        "Calls, one after another, the first after so many characters; without a mark, of these functions only."
+        "One after another, the first after so many characters; without a mark, of these functions only."
         while found := (yield from self._read_head(lead, names)):
-            name, start, end = found
+            name, start, rest = found
             self._open(name)
-            if isinstance(end, str): self._argue(end); self._take(start)
+            if isinstance(rest, str): self._argue(rest); self._take(start)
             else:
                 self._take(start)
                 yield from self._pass(_Value(), self._argue)
-                if end: yield from self._pass(_Value(1), lambda rest: None)
+                if rest: yield from self._pass(_Value(1), lambda text: None)
             lead = yield from self._read_gap()
             if lead is None: return
 
-    def _pass(self, value: _Value, to):
-        "Hand on the text up to the end of a value."
-        while (end := value.end(self._text)) is None and not self._final: to(self._take(None)); yield
-        to(self._take(end))
-
-    def _read_gap(self): # Returns 0 where another call may begin, None otherwise
-        "What stands after a call."
-        while True:
-            rest = self._text.lstrip(' \t\r\n,;]')
-            if rest.startswith(_CLOSE): self._text = rest[len(_CLOSE):]; break
-            if rest[:1] == '{': self._text = rest; return 0
-            if self._final or (rest and not _CLOSE.startswith(rest)): self._text = rest; return None
-            yield
-        while not (rest := self._text.lstrip()) and not self._final: yield
-        self._text = rest
-
-    def _read_head(self, lead: int, names: list[str]|None): # Returns name, length, and the arguments if they are whole
+    def _read_head(self, lead: int, names: list[str]|None):
+        "Returns name, length, and the arguments if they are whole or else whether an object is open; None for no call."
         value, seen = _Value(), None
         while True:
             text = self._text[lead:].lstrip(' \t\r\n[')
@@ -346,6 +296,68 @@ class CallParser:
             elif text and not (names is None and _NEARLY.fullmatch(text)): return None
             if self._final: return None
             yield
+
+    def _pass(self, value: _Value, to):
+        "Hand on the text up to the end of a value."
+        while (end := value.end(self._text)) is None and not self._final: to(self._take(None)); yield
+        to(self._take(end))
+
+    def _read_gap(self):
+        "What stands after a call: returns 0 where another may begin, None otherwise."
+        while True:
+            rest = self._text.lstrip(' \t\r\n,;]')
+            if rest.startswith(_CLOSE): self._text = rest[len(_CLOSE):]; break
+            if rest[:1] == '{': self._text = rest; return 0
+            if self._final or (rest and not _CLOSE.startswith(rest)): self._text = rest; return None
+            yield
+        while not (rest := self._text.lstrip()) and not self._final: yield
+        self._text = rest
+
+# %% ../../nbs/10_serving.tools.ipynb #2b113b46
+class CallParser(_Calls):
+    "Turns an answer, whole or in pieces, into OpenAI's deltas of content and tool calls."
+    def __init__(
+        self,
+        names: list[str], # Functions that may be called
+    ):
+        super().__init__(names)
+        self._reading = self._read()
+
+    def feed(self, text: str) -> list[dict]: # Deltas: {"content": ...} or {"tool_calls": [...]}
+        "Read on."
+        self._text, self._out = self._text + text, []
+        next(self._reading, None)
+        return self._out
+
+    def finish(self) -> list[dict]: # The last deltas
+        "The answer has come to its end."
+        self._final = True
+        return self.feed('')
+
+    def _read(self):
+        "An answer: calls without a mark, or text with marked calls in it."
+        while not self._text.strip() and not self._final: yield
+        if self._text.lstrip()[:1] in ('{', '['): yield from self._read_calls(0, self.names)
+        while lead := (yield from self._read_text()):
+            before = len(self.calls)
+            yield from self._read_calls(lead, None)
+            if len(self.calls) == before: self._say(self._take(lead))
+
+    def _read_text(self):
+        "Up to the next mark: returns the length of the mark and the space before it, 0 at the end of the answer."
+        while True:
+            at, mark = min(((i, m) for m in MARKS if (i := self._text.find(m)) >= 0), default=(-1, ''))
+            if mark:
+                self._say(self._take(len(self._text[:at].rstrip())))
+                return self._text.index(mark) + len(mark)
+            part = max((n for m in MARKS for n in range(1, len(m)) if self._text.endswith(m[:n])), default=0)
+            certain = len(self._text) if self._final else len(self._text) - part
+            self._say(self._take(len(self._text[:certain].rstrip())))
+            if self._final: break
+            yield
+        rest = self._take(None)
+        self._say(rest if not self.calls else rest.rstrip())
+        return 0
 
 # %% ../../nbs/10_serving.tools.ipynb #bbf5e044
 def parse_calls(
