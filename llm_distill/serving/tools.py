@@ -6,7 +6,7 @@
 __all__ = ['HERMES', 'MARKS', 'Choice', 'choose_tools', 'Notation', 'notation', 'forced_calls', 'force', 'in_words',
            'encode_tools', 'CallParser', 'parse_calls', 'mark_ids']
 
-# %% ../../nbs/10_serving.tools.ipynb #c4ddb4b7
+# %% ../../nbs/10_serving.tools.ipynb #9af9371b
 import json
 import re
 import uuid
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 
 from ..models import encode_chat
-from .constrain import MOST_CALLS, Constraints, Matcher, calls_grammar
+from .constrain import MOST_CALLS, TOOL_NAME, Constraints, Matcher, calls_grammar
 from ..types import BadInput, Message
 
 # %% ../../nbs/10_serving.tools.ipynb #9f40716a
@@ -28,18 +28,19 @@ class Choice:
     forced: bool = False                                # Whether one must be
     parallel: bool = False                              # Whether a forced answer may be several calls
 
-# %% ../../nbs/10_serving.tools.ipynb #52e0588e
+# %% ../../nbs/10_serving.tools.ipynb #d5153fbf
 def _function(tool, i: int) -> dict:
     function = tool.get('function') if isinstance(tool, dict) and tool.get('type') == 'function' else None
     if not isinstance(function, dict):
         raise BadInput(f'tools[{i}]: only {{"type": "function", "function": {{...}}}} is supported')
-    if not isinstance(function.get('name'), str): raise BadInput(f'tools[{i}].function.name: is missing')
+    if not isinstance(name := function.get('name'), str) or not TOOL_NAME.fullmatch(name):
+        raise BadInput(f'tools[{i}].function.name: must be up to 64 letters, digits, _, - and dots, not {name!r}')
     if not isinstance(function.get('parameters') or {}, dict):
         raise BadInput(f'tools[{i}].function.parameters: must be a JSON schema')
     return function
 
-def _named(choice, kind='function') -> str|None:
-    inner = choice.get(kind) if isinstance(choice, dict) and choice.get('type') == kind else None
+def _named(choice) -> str|None:
+    inner = choice.get('function') if isinstance(choice, dict) and choice.get('type') == 'function' else None
     return inner.get('name') if isinstance(inner, dict) else None
 
 def choose_tools(
