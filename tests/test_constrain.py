@@ -3,7 +3,8 @@ import copy
 import enum
 import json
 import random
-from typing import Annotated, Literal, Optional, Union
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Literal
 from uuid import UUID
 
 import jsonschema
@@ -18,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_distill.models import load_tokenizer, token_bytes
 from llm_distill.serving.constrain import Constraints, calls_grammar, masks
-from llm_distill.serving.tools import CallParser, choose_tools, encode_tools, forced_calls, mark_ids, notation, parse_calls
+from llm_distill.serving.tools import (CallParser, choose_tools, encode_tools, force, forced_calls, mark_ids, notation,
+                                       parse_calls)
 from llm_distill.types import BadInput
 
 PADDING = 100  # rows of the head that stand for no token
@@ -54,10 +56,11 @@ def babbler(): return Babbler(load_tokenizer('smollm2'))
 
 def sentencepiece():
     "In the manner of Llama 2: a space in front, bytes to fall back on, some of them twice."
-    words = ['▁', '{', '}', '"', '▁{', '{"', '":', '▁"', '"}', '",', ',', ':', '[', ']', '▁[', 'a', 'n', 'na', 'me', 'name', 'é', '日',
-             '本', '日本', '▁日', '0', '1', '12', '.', '-', 't', 'true', 'x', 'y', 'l', 'false', 'null', 'tags', 'Hi', '▁Hi', '\n']
+    longer = '12 {" ": "} ", na me name ▁{ ▁" ▁[ 日本 ▁日 true false null tags Hi'
+    words = ['\n', '▁', *'{}",:[]ané日本01.-txyl', *longer.split()]
     vocab = {t: i for i, t in enumerate(['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256)), *words])}
-    merges = [('{', '"'), ('"', ':'), ('"', '}'), ('"', ','), ('▁', '"'), ('▁', '{'), ('▁', '['), ('n', 'a'), ('日', '本'), ('▁', '日')]
+    merges = ['{ "', '" :', '" }', '" ,', '▁ "', '▁ {', '▁ [', 'n a', '日 本', '▁ 日']
+    merges = [tuple(m.split(' ')) for m in merges]
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token='<unk>'))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first')
     made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
@@ -68,27 +71,37 @@ def obj(**properties):
     return {'type': 'object', 'properties': properties, 'required': [*properties], 'additionalProperties': False}
 
 
-STRING, NUMBER = {'type': 'string'}, {'type': 'number'}
+def silent(**properties):
+    "An object that does not say whether there may be other properties."
+    return {k: v for k, v in obj(**properties).items() if k != 'additionalProperties'}
+
+
+STRING, NUMBER, INTEGER, NULL = ({'type': t} for t in ('string', 'number', 'integer', 'null'))
+OPEN = {'additionalProperties': True}
+POINT, POINTED = {'point': obj(x=NUMBER, y=NUMBER)}, {'$ref': '#/$defs/point'}
+TREES = {'type': 'array', 'items': {'$ref': '#/$defs/tree'}, 'maxItems': 2}
 SCHEMAS = {
     'enum': obj(colour={'enum': ['red', 'green', 'grün', 3, None, True, {'mix': ['a']}]}),
     'const': obj(kind={'const': 'point'}, version={'const': 2}),
     'nested': obj(who=obj(name=STRING, at=obj(x=NUMBER, y=NUMBER)), ok={'type': 'boolean'}),
     'array': obj(tags={'type': 'array', 'items': STRING, 'minItems': 2, 'maxItems': 4}),
     'tuple': {'type': 'array', 'prefixItems': [STRING, {'type': 'integer'}], 'items': False, 'minItems': 2},
-    'anyOf': obj(value={'anyOf': [STRING, NUMBER, {'type': 'null'}, obj(x=NUMBER), {'type': 'array', 'items': NUMBER}]}),
+    'anyOf': obj(value={'anyOf': [STRING, NUMBER, NULL, obj(x=NUMBER), {'type': 'array', 'items': NUMBER}]}),
     'types': obj(value={'type': ['string', 'integer', 'null']}),
-    'ref': {'$defs': {'point': obj(x=NUMBER, y=NUMBER)}, **obj(a={'$ref': '#/$defs/point'}, b={'$ref': '#/$defs/point'})},
-    'recursion': {'$defs': {'tree': obj(name=STRING, children={'type': 'array', 'items': {'$ref': '#/$defs/tree'}, 'maxItems': 2})},
-                  '$ref': '#/$defs/tree'},
-    'linked': obj(value={'type': 'integer'}, next={'anyOf': [{'$ref': '#'}, {'type': 'null'}]}),
-    'unicode': obj(**{'名前': {'type': 'string', 'minLength': 3, 'maxLength': 6}, 'é "quoted" \\': {'const': '日本 🙂\n'}}),
-    'numbers': obj(small={'type': 'integer', 'minimum': -3, 'maximum': 12}, part={'type': 'number', 'exclusiveMinimum': 0, 'maximum': 1},
-                   even={'type': 'integer', 'multipleOf': 2}),
-    'pattern': obj(code={'type': 'string', 'pattern': '^[A-Z]{2}-[0-9]{3}$'}, day={'type': 'string', 'format': 'date'}, id={'type': 'string', 'format': 'uuid'}),
-    'optional': {'type': 'object', 'properties': {'a': STRING, 'b': NUMBER, 'c': {'type': 'boolean'}}, 'required': ['b']},
-    'map': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
-    'allOf': {'allOf': [obj(a=STRING) | {'additionalProperties': True}, {'type': 'object', 'properties': {'b': NUMBER}, 'required': ['b']}]},
-    'discriminated': {'oneOf': [obj(kind={'const': 'cat'}, lives={'type': 'integer'}), obj(kind={'const': 'dog'}, name=STRING)]},
+    'ref': {'$defs': POINT, **obj(a=POINTED, b=POINTED)},
+    'recursion': {'$defs': {'tree': obj(name=STRING, children=TREES)}, '$ref': '#/$defs/tree'},
+    'linked': obj(value=INTEGER, next={'anyOf': [{'$ref': '#'}, NULL]}),
+    'unicode': obj(**{'名前': STRING | {'minLength': 3, 'maxLength': 6}, 'é "quoted" \\': {'const': '日本 🙂\n'}}),
+    'numbers': obj(small=INTEGER | {'minimum': -3, 'maximum': 12}, even=INTEGER | {'multipleOf': 2},
+                   part=NUMBER | {'exclusiveMinimum': 0, 'maximum': 1}),
+    'pattern': obj(code=STRING | {'pattern': '^[A-Z]{2}-[0-9]{3}$'}, day=STRING | {'format': 'date'},
+                   id=STRING | {'format': 'uuid'}),
+    'optional': obj(a=STRING, b=NUMBER, c={'type': 'boolean'}) | {'required': ['b']},
+    'map': {'type': 'object', 'additionalProperties': INTEGER},
+    'allOf': {'allOf': [obj(a=STRING) | OPEN, obj(b=NUMBER) | OPEN]},
+    'allOf, silent': {'allOf': [silent(a=STRING), silent(b=NUMBER)]},
+    'beside': {'$defs': {'base': silent(a=STRING)}, '$ref': '#/$defs/base', **silent(b=NUMBER)},
+    'discriminated': {'oneOf': [obj(kind={'const': 'cat'}, lives=INTEGER), obj(kind={'const': 'dog'}, name=STRING)]},
     'scalar': {'type': 'integer', 'minimum': 10, 'maximum': 99},
 }
 
@@ -127,20 +140,20 @@ class Order(BaseModel):
     "An order."
     id: UUID
     colour: Colour
-    pet: Union[Cat, Dog]
+    pet: Cat | Dog
     step: Step
-    note: Optional[str]
+    note: str | None
     sizes: list[float]
 
 
 class Loose(BaseModel):
     "With defaults, a union by its kind, a dict and limits, as they are in models for instructor."
-    pet: Annotated[Union[Cat, Dog], Field(discriminator='kind')]
+    pet: Annotated[Cat | Dog, Field(discriminator='kind')]
     counts: dict[str, int] = {}
     code: Annotated[str, Field(pattern='^[a-z]{2,4}$')] = 'ab'
     pair: tuple[int, str]
     sizes: Annotated[list[int], Field(min_length=1, max_length=3)]
-    note: Optional[str] = None
+    note: str | None = None
 
 
 def test_what_the_sdk_s_parse_sends(babbler):
@@ -177,6 +190,16 @@ def test_forced_calls_name_a_tool_and_follow_its_schema(babbler):
     assert len({c['name'] for c in calls}) > 1
 
 
+def test_objects_have_no_properties_that_nobody_named(babbler):
+    schema = {'$defs': {'inner': silent(x=INTEGER) | {'required': []}},
+              **silent(a={'$ref': '#/$defs/inner'}, b={'type': 'array', 'items': {'anyOf': [silent(y=INTEGER), NULL]}})}
+    said = [babbler(babbler.constraints.json_schema(schema), seed, patience=60) for seed in range(8)]
+    answers = [json.loads(s) for s in said if s is not None]
+    inner = [a['a'] for a in answers] + [x for a in answers for x in a['b'] if x is not None]
+    assert len(inner) > 8 and all(a.keys() == {'a', 'b'} for a in answers)
+    assert {key for x in inner for key in x} == {'x', 'y'}
+
+
 def test_any_object(babbler):
     said = [babbler(babbler.constraints.json_object(), seed) for seed in range(8)]
     answers = [json.loads(s) for s in said if s is not None]
@@ -199,7 +222,10 @@ def test_both_of_two_tokens_that_mean_the_same_may_come():
     assert [babbler.tokens[i] for i in allowed].count(b'1') == 2
 
 
-@pytest.mark.parametrize('text', ['{"a": "日本 🙂"}', '{"a":"\\u0007"}', '{\n  "a": "x\\ny"\n}', '{"a": "\\"<|x|>\\""}'])
+GOOD = ['{"a": "日本 🙂"}', '{"a":"\\u0007"}', '{\n  "a": "x\\ny"\n}', '{"a": "\\"<|x|>\\""}']
+
+
+@pytest.mark.parametrize('text', GOOD)
 def test_good_answers_are_possible_byte_by_byte_and_in_the_usual_tokens(text, babbler):
     schema = obj(a=STRING)
     tokenizer = babbler.constraints.tokenizer
@@ -235,8 +261,18 @@ def test_answers_of_one_schema_do_not_disturb_each_other(babbler):
     first = babbler.constraints.json_schema(schema)
     babbler(babbler.constraints.json_schema(schema), 7)
     assert babbler(first, 0) == alone[0]
-    many = [babbler.constraints.json_schema(schema), babbler.constraints.json_object(), babbler.constraints.json_schema(SCHEMAS['tuple'])]
+    many = [babbler.constraints.json_schema(s) for s in (schema, {'type': 'object'}, SCHEMAS['tuple'])]
     assert torch.equal(masks(many), torch.stack([m.mask() for m in many]))
+
+
+def test_other_threads_may_use_the_tokenizer_meanwhile(babbler):
+    tokenizer, grammar = babbler.constraints.tokenizer, calls_grammar([{'name': 'get_weather'}, {'name': 'get_time'}])
+    chat, alone = '<|im_start|>user\nHi<|im_end|>\n', babbler(babbler.constraints(grammar), 0)
+    ids = tokenizer(chat)['input_ids']
+    with ThreadPoolExecutor(3) as pool:
+        said = [pool.submit(lambda: babbler(babbler.constraints(grammar), 0)) for _ in range(12)]
+        while not all(s.done() for s in said): assert tokenizer(chat)['input_ids'] == ids
+    assert {s.result() for s in said} == {alone}
 
 
 def test_a_head_narrower_than_the_vocabulary(babbler):
@@ -247,7 +283,7 @@ def test_a_head_narrower_than_the_vocabulary(babbler):
 
 
 BAD = {'uniqueItems': {'type': 'array', 'uniqueItems': True}, 'not': {'not': {}}, 'if': {'if': {}, 'then': {}},
-       'unevaluatedProperties': {'type': 'object', 'unevaluatedProperties': False}, 'zip': {'type': 'string', 'format': 'zip'},
+       'unevaluatedProperties': {'type': 'object', 'unevaluatedProperties': False}, 'zip': STRING | {'format': 'zip'},
        'oneOf': {'oneOf': [obj(a=STRING), obj(a=STRING)]}}
 
 
@@ -266,7 +302,8 @@ NAMES = ['get_weather', 'f']
 ROME, DEEP = '{"city": "Rome"}', '{"a": [{"b": "} ] \\" </tool_call> \\\\"}], "c": null}'
 
 
-def hermes(name, arguments, key='arguments'): return f'<tool_call>\n{{"name": "{name}", "{key}": {arguments}}}\n</tool_call>'
+def call(name, arguments='{}', key='arguments'): return f'{{"name": "{name}", "{key}": {arguments}}}'
+def hermes(*args): return f'<tool_call>\n{call(*args)}\n</tool_call>'
 
 
 # What is written, what of it is content, and the calls in it.
@@ -274,19 +311,21 @@ TEXTS = {
     'hermes': (hermes('get_weather', ROME), None, [('get_weather', ROME)]),
     'after text': ('Let me look.\n\n' + hermes('get_weather', ROME) + '\n', 'Let me look.', [('get_weather', ROME)]),
     'two, and text between': (hermes('f', '{}') + '\nand \n' + hermes('f', DEEP), 'and', [('f', '{}'), ('f', DEEP)]),
-    'two in one mark': ('<tool_call>[{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}}]</tool_call>', None, [('f', '{}')]*2),
+    'two in one mark': (f'<tool_call>[{call("f")}, {call("f")}]</tool_call>', None, [('f', '{}')]*2),
     'unknown name with a mark': (hermes('other', '{}'), None, [('other', '{}')]),
-    'keys the other way round': ('<tool_call>{"arguments": ' + DEEP + ', "name": "f"}</tool_call>', None, [('f', DEEP)]),
+    'keys turned round': ('<tool_call>{"arguments": ' + DEEP + ', "name": "f"}</tool_call>', None, [('f', DEEP)]),
     'arguments in a string': (hermes('f', json.dumps(ROME)), None, [('f', ROME)]),
     'no arguments': ('<tool_call>{"name": "f"}</tool_call>', None, [('f', '{}')]),
     'a bracket short': ('<tool_call>{"name": "f", "arguments": ' + ROME + '</tool_call> ok', 'ok', [('f', ROME)]),
     'cut off': ('<tool_call>{"name": "f", "arguments": {"city": "Ro', None, [('f', '{"city": "Ro')]),
-    'llama': ('{"name": "get_weather", "parameters": ' + ROME + '}', None, [('get_weather', ROME)]),
+    'llama': (call('get_weather', ROME, 'parameters'), None, [('get_weather', ROME)]),
     'llama, with type': (' {"type": "function", "name": "f", "parameters": {}}', None, [('f', '{}')]),
-    'llama, several': ('<|python_tag|>{"name": "f", "parameters": {}}; {"name": "f", "parameters": ' + DEEP + '}', None, [('f', '{}'), ('f', DEEP)]),
-    'mistral': ('[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "get_weather", "arguments": ' + ROME + '}]', None,
-                [('f', '{}'), ('get_weather', ROME)]),
-    'mistral, later': ('[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]get_weather[CALL_ID]123456789[ARGS]' + ROME, None, [('f', '{}'), ('get_weather', ROME)]),
+    'llama, several': (f'<|python_tag|>{call("f", "{}", "parameters")}; {call("f", DEEP, "parameters")}', None,
+                       [('f', '{}'), ('f', DEEP)]),
+    'mistral': (f'[TOOL_CALLS] [{call("f")}, {call("get_weather", ROME)}]', None, [('f', '{}'), ('get_weather', ROME)]),
+    'granite': (f'<|tool_call|>[{call("f")}, {call("f", DEEP)}]', None, [('f', '{}'), ('f', DEEP)]),
+    'mistral, later': ('[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]get_weather[CALL_ID]123456789[ARGS]' + ROME, None,
+                       [('f', '{}'), ('get_weather', ROME)]),
     'text': (' Just <b>text</b>, 1 < 2 [TOOL_CALL] {"name": "f"} \n', None, []),
     'json': ('{"name": "Ada", "parameters": {}}\n', None, []),
     'other json': ('[{"city": "Rome"}, 2]', None, []),
@@ -301,13 +340,14 @@ TEXTS = {
 
 
 def streamed(pieces, names=NAMES):
-    "Message and deltas, put together as openai's SDK does it."
+    "Content and calls, put together from the deltas as openai's SDK does it."
     parser, message = CallParser(names), {}
     deltas = [d for piece in pieces for d in parser.feed(piece)] + parser.finish()
     for delta in deltas: message = accumulate_delta(message, copy.deepcopy(delta))
     calls = [(c['function']['name'], c['function']['arguments']) for c in message.get('tool_calls', [])]
-    assert calls == [tuple(c['function'].values()) for c in parser.calls] and parser.content == message.get('content', '')
-    return message.get('content', ''), calls, deltas
+    assert calls == [tuple(c['function'].values()) for c in parser.calls]
+    assert parser.content == message.get('content', '')
+    return parser.content, calls
 
 
 def cuts(text, places): return [text[a:b] for a, b in zip([0, *places], [*places, len(text)])]
@@ -317,35 +357,35 @@ def cuts(text, places): return [text[a:b] for a, b in zip([0, *places], [*places
 def test_calls_are_found_however_the_text_is_cut(name):
     text, content, calls = TEXTS[name]
     expected = (text if not calls else content or ''), calls
-    assert streamed([text])[:2] == expected
+    assert streamed([text])== expected
     n, rng = len(text), random.Random(0)
     ways = [[a] for a in range(n)] + [[*range(step, n, step)] for step in range(1, n)]
     ways += [[a, b] for a in range(n) for b in range(a, n)] if n < 90 else []
     ways += [sorted(rng.sample(range(n), rng.randrange(n))) for _ in range(200 if n else 0)]
-    for way in ways: assert streamed(cuts(text, way))[:2] == expected, cuts(text, way)
+    for way in ways: assert streamed(cuts(text, way))== expected, cuts(text, way)
 
 
 @pytest.mark.parametrize('text', ['[TOOL_CALLS]f{}', '{"name":"f" , 1', 'a [TOOL_CALL x'])
 def test_every_way_to_cut_a_short_text(text):
-    expected, n = streamed([text])[:2], len(text)
+    expected, n = streamed([text]), len(text)
     for mask in range(2**(n - 1)):
-        assert streamed(cuts(text, [i for i in range(1, n) if mask >> (i - 1) & 1]))[:2] == expected
+        assert streamed(cuts(text, [i for i in range(1, n) if mask >> (i - 1) & 1]))== expected
 
 
 def test_nonsense_is_read_the_same_in_any_pieces():
     rng = random.Random(1)
-    bits = ['<tool_call>', '</tool_call>', '[TOOL_CALLS]', '[ARGS]', '{"name": "f", "arguments": ', '{', '}', '"', '[', ']', 'f', ' ', '\n', ', ',
-            'text', '\\', '<', '{"name": "f"', '"arguments": {}', '1', '<|python_tag|>', ';']
+    bits = ['<tool_call>', '</tool_call>', '[TOOL_CALLS]', '<|python_tag|>', '[ARGS]', '{"name": "f", "arguments": ',
+            '{"name": "f"', '"arguments": {}', 'text', ', ', *'{}"[]f \n\\<1;']
     for _ in range(1500):
         text = ''.join(rng.choices(bits, k=rng.randrange(1, 9)))
-        whole = streamed([text])[:2]
-        assert streamed(text)[:2] == whole, text
+        whole = streamed([text])
+        assert streamed(text) == whole, text
         assert whole[1] or whole[0] == text
 
 
 def test_text_is_not_kept_back_longer_than_needed():
     parser = CallParser(NAMES)
-    assert [parser.feed(t) for t in ('Hello', ' wor', 'ld <')] == [[{'content': 'Hello'}], [{'content': ' wor'}], [{'content': 'ld'}]]
+    assert [parser.feed(t)[0]['content'] for t in ('Hello', ' wor', 'ld <')] == ['Hello', ' wor', 'ld']
     parser = CallParser(NAMES)
     assert parser.feed('{"answer') == [{'content': '{"answer'}]  # JSON that cannot become a call is shown at once
     parser = CallParser(NAMES)
@@ -357,21 +397,25 @@ def test_text_is_not_kept_back_longer_than_needed():
     assert parser.feed('": 1') == [{'tool_calls': [{'index': 0, 'function': {'arguments': '": 1'}}]}]
 
 
-TEMPLATES = {
-    'hermes': "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
-              "{% for c in m.tool_calls %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}{{ '\n' }}{% endfor %}assistant: ",
-    'llama': "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
-             "{% for c in m.tool_calls %}{\"name\": \"{{ c.function.name }}\", \"parameters\": {{ c.function.arguments | tojson }}}{% endfor %}"
-             "{{ '\n' }}{% endfor %}assistant: ",
-    'mistral': "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
-               "{% if m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('ids have 9') }}"
-               "{% endif %}{{ c.function | tojson }}{% endfor %}]{% endif %}{{ '\n' }}{% endfor %}assistant: ",
-    'none': "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}assistant: ",
-    'no template': None,
+TOOLS_FIRST = "{% for t in tools or [] %}{{ t | tojson }}{{ '\n' }}{% endfor %}"
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}CALLS{{ '\n' }}{% endfor %}assistant: "
+CALLS = {
+    'hermes': "{% for c in m.tool_calls %}<tool_call>{{ '\n' }}{{ c.function | tojson }}{{ '\n' }}</tool_call>"
+              "{% endfor %}",
+    'llama': "{% for c in m.tool_calls %}{\"name\": \"{{ c.function.name }}\", \"parameters\": "
+             "{{ c.function.arguments | tojson }}}{% endfor %}",
+    'mistral': "{% if m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{% if c.id | length != 9 %}"
+               "{{ raise_exception('ids have 9') }}{% endif %}{{ c.function | tojson }}{% endfor %}]{% endif %}",
 }
-CONVERSATION = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': [{'type': 'text', 'text': 'Rain?'}]},
-                {'role': 'assistant', 'content': None, 'tool_calls': [{'id': '123456789', 'type': 'function', 'function': WEATHER | {'arguments': ROME}}]},
-                {'role': 'tool', 'tool_call_id': '123456789', 'content': 'dry'}, {'role': 'tool', 'tool_call_id': '123456789', 'content': 'warm'}]
+TEMPLATES = {name: TOOLS_FIRST + TURNS.replace('CALLS', calls) for name, calls in CALLS.items()}
+TEMPLATES |= {'without tools': TURNS.replace('CALLS', ''), 'no template': None}
+ID = '123456789'
+CONVERSATION = [{'role': 'system', 'content': 'Be brief.'},
+                {'role': 'user', 'content': [{'type': 'text', 'text': 'Rain?'}]},
+                {'role': 'assistant', 'content': None, 'tool_calls': [
+                    {'id': ID, 'type': 'function', 'function': {'name': 'get_weather', 'arguments': ROME}}]},
+                {'role': 'tool', 'tool_call_id': ID, 'content': 'dry'},
+                {'role': 'tool', 'tool_call_id': ID, 'content': 'warm'}]
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -383,7 +427,8 @@ def writer(request, babbler):
 
 def test_conversations_with_tools_are_written_and_read_again(writer):
     text = writer.decode(encode_tools(writer, CONVERSATION, choose_tools(TOOLS)))
-    assert all(w in text for w in ('Be brief.', 'Rain?', 'dry', 'warm', '"city": {"type": "string"}')) and 'None' not in text
+    assert all(w in text for w in ('Be brief.', 'Rain?', 'dry', 'warm', '"city": {"type": "string"}'))
+    assert 'None' not in text
     line = next(part for part in text.split('\n') if 'Rome' in part)
     start = max(text.find('<tool_call>', text.find('Rain?')), text.find('[TOOL_CALLS]', text.find('Rain?')))
     found = parse_calls(text[start:] if start >= 0 else line.split(': ', 1)[1], NAMES)['tool_calls']
@@ -391,7 +436,10 @@ def test_conversations_with_tools_are_written_and_read_again(writer):
     assert 'city": {' not in writer.decode(encode_tools(writer, CONVERSATION, choose_tools(TOOLS, 'none')))
 
 
-@pytest.mark.parametrize('choice, parallel', [('required', None), ('required', True), ({'type': 'function', 'function': {'name': 'f'}}, True)])
+F = {'type': 'function', 'function': {'name': 'f'}}
+
+
+@pytest.mark.parametrize('choice, parallel', [('required', None), ('required', True), (F, True)])
 def test_a_forced_call_is_the_whole_answer(choice, parallel, writer, babbler):
     choice, form = choose_tools(TOOLS, choice, parallel), notation(writer)
     prompt = writer.decode(encode_tools(writer, CONVERSATION[:2], choice))
@@ -399,13 +447,22 @@ def test_a_forced_call_is_the_whole_answer(choice, parallel, writer, babbler):
     for seed in range(3):
         said = babbler(babbler.constraints(forced_calls(writer, choice)), seed)
         assert said is not None
-        message = parse_calls(said, choice.callable)
-        assert message['content'] is None and len(message['tool_calls']) == (len(json.loads(said)) if said[0] == '[' else 1)
-        assert streamed(said, choice.callable)[1] == [tuple(c['function'].values()) for c in message['tool_calls']]
-        for call in message['tool_calls']:
-            arguments = json.loads(call['function']['arguments'])
-            assert call['function']['name'] in choice.callable
-            jsonschema.validate(arguments, WEATHER['parameters'] if call['function']['name'] == 'get_weather' else obj())
+        message = parse_calls(said, choice.allowed)
+        assert message['content'] is None
+        assert len(message['tool_calls']) == (len(json.loads(said)) if said[0] == '[' else 1)
+        calls = [tuple(c['function'].values()) for c in message['tool_calls']]
+        assert streamed(said, choice.allowed)[1] == calls
+        for name, arguments in calls:
+            assert name in choice.allowed
+            jsonschema.validate(json.loads(arguments), WEATHER['parameters'] if name == 'get_weather' else obj())
+
+
+def test_the_tool_that_cannot_be_forced_is_named(babbler):
+    odd = {'name': 'odd', 'strict': True, 'parameters': obj(x={'not': {}})}
+    tools = [*TOOLS, {'type': 'function', 'function': odd}]
+    with pytest.raises(BadInput, match='tools: odd: .*not supported: not'):
+        force(babbler.constraints, choose_tools(tools, 'required'))
+    assert babbler(force(babbler.constraints, choose_tools(TOOLS, 'required')), 0)
 
 
 def test_a_template_s_refusal_is_the_client_s_error(babbler):
