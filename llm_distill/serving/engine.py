@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Alternative', 'Emit', 'TextStream', 'PromptRows', 'Piece', 'Stats', 'Job', 'Words', 'Engine']
 
-# %% ../../nbs/10_serving.engine.ipynb #85064afe
+# %% ../../nbs/10_serving.engine.ipynb #8918e12c
 import codecs
 import logging
 import os
@@ -23,6 +23,7 @@ from ..models import token_bytes
 from .fuse import fuse
 from .sampling import Sampling, penalise, pick
 from .slots import SlotModel, bytes_per_token
+from .tools import mark_ids
 from ..types import BadInput, ServerBusy, ServerError
 
 # %% ../../nbs/10_serving.engine.ipynb #4cf84f57
@@ -111,7 +112,7 @@ class Job:
         except Exception: self.cancelled = True
         self.pieces = []
 
-# %% ../../nbs/10_serving.engine.ipynb #a15e463c
+# %% ../../nbs/10_serving.engine.ipynb #4bbc3cac
 _log = logging.getLogger(__name__)
 
 class Words:
@@ -120,7 +121,7 @@ class Words:
         self.bytes_of, self.size = token_bytes(tokenizer), len(tokenizer)
         ends = getattr(model.generation_config, 'eos_token_id', None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self.hidden = set(tokenizer.all_special_ids)
+        self.hidden = set(tokenizer.all_special_ids) - set(mark_ids(tokenizer))  # calls of tools are read from the text
 
     def alternatives(self, ids, logprobs) -> list[Alternative]:
         return [(i, self.bytes_of[i], v) for i, v in zip(ids.tolist(), logprobs.tolist())]
@@ -162,13 +163,14 @@ class Words:
         if rules.constraint is not None:
             try: rules.constraint.accept(token)
             except Exception: return Piece('', finish='error', tokens=n)
+        logprob = 0. if logprobs is None else float(logprobs[token])
         if token in self.ends and not rules.ignore_eos:
-            return Piece(job.text.push(b'', True), finish='stop', tokens=n)
+            return Piece(job.text.push(b'', True), token, b'', logprob, top, 'stop', n)
         data, full = self.bytes_of[token], n >= rules.max_tokens
         whole = rules.constraint is not None and rules.constraint.done
         text = job.text.push(b'' if token in self.hidden else data, full or whole)
         finish = 'stop' if job.text.stopped or whole else 'length' if full else None
-        return Piece(text, token, data, 0. if logprobs is None else float(logprobs[token]), top, finish, n)
+        return Piece(text, token, data, logprob, top, finish, n)
 
     def prompt(
         self, job: Job, start: int,

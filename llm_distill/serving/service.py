@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Draft', 'refusal', 'GenerateRequest', 'LogitsRequest', 'Service']
 
-# %% ../../nbs/10_serving.service.ipynb #3818a09b
+# %% ../../nbs/10_serving.service.ipynb #b06c777f
 import asyncio
 import base64
 import time
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from ..models import encode_chat
-from .constrain import Constraints, schema_grammar
+from .constrain import Constraints
 from .engine import Piece
 from .protocol import (ChatRequest, CompletionRequest, EmbeddingRequest, Limits, Refused,
                                           error_body)
 from .refusals import Form, count, number
 from .replies import ChatReply, TextReply, best_answers, embeddings_reply
 from .sampling import Sampling
-from .tools import CallParser, choose_tools, encode_tools, forced_calls, parse_calls
+from .tools import CallParser, choose_tools, encode_tools, force, parse_calls
 from ..types import BadInput, ServerError
 
 # %% ../../nbs/10_serving.service.ipynb #000f7d39
@@ -64,7 +64,7 @@ class Draft:
         async for i, piece in self: answers[i].append(piece)
         return answers
 
-# %% ../../nbs/10_serving.service.ipynb #9ddce45a
+# %% ../../nbs/10_serving.service.ipynb #830d51d1
 _USUAL = 512  # tokens of an answer where nobody says
 
 def refusal(
@@ -74,6 +74,13 @@ def refusal(
     error = Refused(error_body(said, param, code))
     error.status = status
     return error
+
+def _named(error: BadInput, param: str) -> Refused: # To be raised
+    "A refusal of what an error names in front of a colon, or else of `param`."
+    name, colon, _ = str(error).partition(': ')
+    return refusal(str(error), name if colon and ' ' not in name else param)
+
+def _plain(form) -> dict|None: return form and form.model_dump(by_alias=True, exclude_none=True)
 
 class _Reading:
     "From bodies to prompts."
@@ -90,28 +97,16 @@ class _Reading:
     def _room(self, ids) -> int: return max(1, min(_USUAL, self.engine.max_context - len(ids)))
 
     def _conversation(self, body: ChatRequest):
-        "Token ids, the tools, and a grammar if the answer has to follow one."
-        tools = [t.model_dump(exclude_none=True) for t in body.tools or []]
-        chosen = body.tool_choice if isinstance(body.tool_choice, str|None) else body.tool_choice.model_dump()
+        "Token ids, the tools, and for each answer what it has to follow, if anything."
         messages = [m.as_message() for m in body.messages]
         try:
-            choice = choose_tools(tools, chosen, body.parallel_tool_calls)
+            choice = choose_tools(*body.calling)
             called = choice.functions or any(m['role'] == 'tool' or m.get('tool_calls') for m in messages)
             ids = encode_tools(self.tokenizer, messages, choice) if called else encode_chat(self.tokenizer, messages)
-            grammar = forced_calls(self.tokenizer, choice) if choice.forced else self._format(body.response_format)
-        except BadInput as e: raise refusal(str(e), 'tools' if 'tool' in str(e) else 'messages') from e
-        return ids, choice, grammar
-
-    def _format(self, wanted) -> str|None:
-        if wanted is None or wanted.type == 'text': return None
-        said = wanted.json_schema
-        try: return schema_grammar((said and said.schema_) or {'type': 'object'}, bool(said and said.strict))
-        except BadInput as e: raise refusal(str(e), 'response_format.json_schema.schema') from e
-
-    def _matcher(self, grammar: str|None):
-        if grammar is None: return None
-        try: return self.constraints(grammar)
-        except BadInput as e: raise refusal(str(e), 'response_format') from e
+            if choice.forced: matchers = [force(self.constraints, choice) for _ in range(body.draws)]
+            else: matchers = [self.constraints.response(_plain(body.response_format)) for _ in range(body.draws)]
+        except BadInput as e: raise _named(e, 'messages') from e
+        return ids, choice, matchers
 
     def ids(self, text: str|list[int]) -> list[int]: # At least one
         "A prompt's tokens; an empty one begins where texts begin."
@@ -119,26 +114,27 @@ class _Reading:
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         return self.tokenizer(text)['input_ids'] or [begin]
 
-# %% ../../nbs/10_serving.service.ipynb #9189c680
+# %% ../../nbs/10_serving.service.ipynb #7becad47
 class _Chats(_Reading):
     "`POST /v1/chat/completions`."
     async def chat(self, body: ChatRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
         "Answer a conversation; raises `Refused`, `ServerBusy` or `ServerError`."
         self._known(body)
-        ids, choice, grammar = self._conversation(body)
-        asked = [body.sampling(self._room(ids), i, self._matcher(grammar)) for i in range(body.draws)]
+        ids, choice, matchers = await asyncio.to_thread(self._conversation, body)  # a schema may take a while
+        asked = [body.sampling(self._room(ids), i, matcher) for i, matcher in enumerate(matchers)]
         self._fits(ids, asked[0], 'messages')
         asked = [asked[0], *(replace(s, prompt_logprobs=None) for s in asked[1:])]
         reply = ChatReply(self.name, len(ids), body.top, body.include_usage)
         draft = Draft(self.engine, [(ids, s) for s in asked], bool(body.stream))
-        if body.stream: return self._stream_chat(draft, reply, choice.callable)
+        names = choice.allowed if choice.functions else []
+        if body.stream: return self._stream_chat(draft, reply, names)
         answers = await draft.whole()
-        said = [parse_calls(_text(pieces), choice.callable) for pieces in answers] if choice.callable else None
+        said = [parse_calls(_text(pieces), names) for pieces in answers] if names else None
         return reply.whole(answers, said, answers[0][0].prompt)
 
-    async def _stream_chat(self, draft, reply, callable):
+    async def _stream_chat(self, draft, reply, names):
         n = len(draft.jobs)
-        tokens, parsers = [0]*n, [CallParser(callable) for _ in range(n)] if callable else None
+        tokens, parsers = [0]*n, [CallParser(names) for _ in range(n)] if names else None
         try:
             for i in range(n):
                 for chunk in reply.opening(i): yield chunk
