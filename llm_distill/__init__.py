@@ -34,7 +34,7 @@ _HOMES = {
     'evaluate': ['Scores', 'difference', 'evaluate', 'write'],
     'judge': ['Speed', 'Verdicts', 'judge', 'speed', 'text_metrics'],
     'compare': ['compare'],
-    'serving.app': ['Server', 'run_server', 'serve'],
+    'serving.process': ['Server', 'run_server', 'serve'],
     'progress': ['Progress'],
     'demo': ['demo_prompts', 'run_demo'],
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 import llm_distill
 from .types import BadInput, DistillError
 
-# %% ../nbs/14_cli.ipynb #4b02343e
+# %% ../nbs/14_cli.ipynb #4c5e6be6
 def _demo(args) -> None:
     from llm_distill.demo import run_demo
     report = run_demo(args.out, args.fast, args.device, args.seed, args.price_as, args.teacher, args.prompts)
@@ -26,7 +26,7 @@ def _demo(args) -> None:
     print(f'Talk to it: llm-distill serve {report["student"]}')
 
 def _serve(args) -> None:
-    from llm_distill.serving.app import run_server
+    from llm_distill.serving.process import run_server
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready)
 

@@ -70,11 +70,11 @@ def _prepare(out, plan: Plan, price_as: str, seed: int, device: str|None, prompt
     except OSError as e: raise BadInput(f'cannot write to {folder} ({e}); choose another folder with --out') from e
     return folder, records
 
-# %% ../nbs/12a_demo.ipynb #5b0161d1
+# %% ../nbs/12a_demo.ipynb #d5283821
 def _ask(model, records, plan, cache, device, seed, show):
     "The teacher's answers, from a server in a process of its own by way of the official SDK."
     from llm_distill.models import fingerprint
-    from llm_distill.serving.app import serve
+    from llm_distill.serving.process import serve
     from llm_distill.teachers.registry import create_teacher
     with serve(model, device=device, slots=32) as server:
         # The port differs from run to run, so the cache knows the teacher by its weights.
@@ -130,7 +130,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #41ee8b93
+# %% ../nbs/12a_demo.ipynb #1bea29c2
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -152,7 +152,7 @@ def run_demo(
             import torch
             from llm_distill.evaluate import evaluate
             from llm_distill.models import find_model, load_model, load_tokenizer, pick_device
-            from llm_distill.serving.app import serve
+            from llm_distill.serving.process import serve
             from llm_distill.student import prune
             device = str(pick_device(device))
             place = find_model(teacher)

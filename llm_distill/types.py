@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Listener', 'Message', 'as_messages', 'DistillError', 'BadInput', 'NoSuchModel', 'CacheError', 'ServerError',
-           'NotCached', 'BudgetSpent', 'OutOfMemory', 'NotFinite', 'TeacherError', 'TeacherTimeout',
+           'ServerBusy', 'NotCached', 'BudgetSpent', 'OutOfMemory', 'NotFinite', 'TeacherError', 'TeacherTimeout',
            'TeacherUnreachable', 'TeacherBusy', 'BadReply', 'NoText', 'TeacherRefused', 'QuotaSpent', 'MissingKey',
            'NotGiven', 'Usage', 'TokenLogprobs', 'Completion', 'Event', 'missing_package']
 
@@ -40,12 +40,17 @@ def as_messages(
         messages.insert(0, {'role': 'system', 'content': system_prompt})
     return messages
 
-# %% ../nbs/00_types.ipynb #b3bead14
+# %% ../nbs/00_types.ipynb #503a8dc4
 class DistillError(Exception): "Something that this package can explain; the message says what to do next."
 class BadInput(DistillError, ValueError): "An argument, a file or a prompt that cannot be used."
 class NoSuchModel(DistillError, FileNotFoundError): "A model folder or name that leads nowhere."
 class CacheError(DistillError): "A cache file that cannot be used; it was left untouched."
 class ServerError(DistillError): "A server that could not be started or has stopped."
+class ServerBusy(ServerError):
+    "A server with so much to do that it takes no more."
+    def __init__(self, message: str, retry_after: float): # Seconds
+        super().__init__(message)
+        self.retry_after = retry_after
 class NotCached(DistillError, LookupError): "Nobody has asked this yet, and nothing may be asked now."
 class BudgetSpent(DistillError): "The next request could cost more than is left of the budget."
 class OutOfMemory(DistillError, MemoryError): "A step of training did not fit; the message says what to lower."

@@ -26,7 +26,7 @@ def rows(db):
 def servers():
     "Processes that serve a model."
     ps = subprocess.run(['ps', '-eo', 'pid,args'], capture_output=True, text=True).stdout
-    return {int(line.split()[0]) for line in ps.splitlines() if 'serving.app import _child' in line}
+    return {int(line.split()[0]) for line in ps.splitlines() if 'serving.process import _child' in line}
 
 
 def run(*words):

@@ -1,0 +1,203 @@
+"The server with real weights: what the official SDK sees, who disturbs whom, and what is left behind."
+import asyncio
+import json
+import random
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import openai
+import pytest
+import torch
+from llm_distill import serve
+from llm_distill.models import encode_chat, load_model, load_tokenizer
+from llm_distill.serving.engine import Engine
+from llm_distill.serving.sampling import Sampling
+from llm_distill.types import ServerBusy
+from pydantic import BaseModel
+from test_protocol import document, wrong  # noqa: F401
+
+QUESTIONS = ['Why is the sky blue?', 'Name a planet.', 'What is 12 times 7?', 'Write a poem about rain.',
+             'Who was Ada Lovelace?', 'Hi', 'word '*150, 'List three fruits.']
+
+
+@pytest.fixture(scope='module')
+def server():
+    with serve('smollm2', device='cpu', slots=8) as running: yield running
+
+
+@pytest.fixture(scope='module')
+def client(server):
+    with openai.OpenAI(base_url=server.url, api_key='none', max_retries=0, timeout=120) as client: yield client
+
+
+@pytest.fixture(scope='module')
+def name(client): return client.models.list().data[0].id
+
+
+def post(server, path, **body):
+    request = urllib.request.Request(server.url.removesuffix('/v1') + path, json.dumps(body).encode(),
+                                     {'content-type': 'application/json'})
+    with urllib.request.urlopen(request, timeout=120) as reply: return json.loads(reply.read())
+
+
+def load(server) -> dict:
+    with urllib.request.urlopen(server.url.removesuffix('/v1') + '/metrics', timeout=20) as reply:
+        lines = reply.read().decode().splitlines()
+    return {k: float(v) for k, v in (line.rsplit(' ', 1) for line in lines if not line.startswith('#'))}
+
+
+def idle(server, seconds=20) -> bool:
+    until = time.monotonic() + seconds
+    while True:
+        now = load(server)
+        if not any(now[f'llm_distill_{what}'] for what in ('running', 'waiting', 'tokens')): return True
+        if time.monotonic() > until: return False
+        time.sleep(.05)
+
+
+def messages(text): return [{'role': 'user', 'content': text}]
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def local(): return load_model('smollm2', 'cpu', torch.float32), load_tokenizer('smollm2')
+
+
+def test_greedy_is_what_generate_says_with_random_arrivals(local):
+    model, tokenizer = local
+    prompts, rng = [encode_chat(tokenizer, messages(q)) for q in QUESTIONS], random.Random(0)
+    slow = []
+    for p in prompts:
+        with torch.no_grad(): out = model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False)
+        slow.append(out[0, len(p):].tolist())
+    engine = Engine(load_model('smollm2', 'cpu', torch.float32), tokenizer, slots=3, max_context=1024, budget=64, fused=True)
+    def ask(i):
+        time.sleep(rng.random()*2)
+        done = threading.Event()
+        said = []
+        engine.submit(prompts[i], Sampling(12, 0.), lambda pieces: (said.extend(pieces), done.set()), stream=False)
+        assert done.wait(120)
+        return [p.id for p in said if p.id >= 0]
+    with ThreadPoolExecutor(16) as pool: answers = list(pool.map(ask, [*range(len(prompts))]*2))
+    engine.close()
+    assert answers == slow*2
+
+
+def test_the_line_has_an_end_and_a_broken_request_breaks_no_other(local):
+    model, tokenizer = local
+    engine, told = Engine(load_model('smollm2', 'cpu'), tokenizer, slots=1, max_context=256, queue=2), []
+    prompt = encode_chat(tokenizer, messages('Hi'))
+    class Stubborn:
+        done = False
+        def mask(self): raise ValueError('no')
+    broken = Sampling(4, constraint=Stubborn())
+    first = engine.submit(prompt, Sampling(200, ignore_eos=True), told.extend)
+    while not first.said: time.sleep(.01)
+    engine.submit(prompt, broken, told.extend)
+    other = engine.submit(prompt, Sampling(3, ignore_eos=True), told.extend, stream=False)
+    with pytest.raises(ServerBusy) as busy: engine.submit(prompt, Sampling(4), told.extend)
+    assert busy.value.retry_after >= 1 and engine.stats.refused == 1
+    engine.cancel(first)
+    until = time.monotonic() + 60
+    while sum(engine.load.values()) and time.monotonic() < until: time.sleep(.02)
+    assert len(other.said) == 3 and [p.finish for p in told if p.finish] == ['error', 'length']
+    assert engine.stats.errors == 1 and engine.load == {'running': 0, 'waiting': 0, 'tokens': 0}
+    engine.close()
+
+
+# -- over HTTP ---------------------------------------------------------------------------------------------------------
+
+def test_replies_are_openais(server, name, wrong):  # noqa: F811
+    ask = {'model': name, 'messages': messages('Hi'), 'max_tokens': 4, 'temperature': 0}
+    chat = ask | {'logprobs': True, 'top_logprobs': 2, 'n': 2}
+    text = {'model': name, 'prompt': 'The cat', 'max_tokens': 3, 'logprobs': 2}
+    embed = {'model': name, 'input': ['a', 'b']}
+    assert not wrong('CreateChatCompletionResponse', post(server, '/v1/chat/completions', **chat))
+    assert not wrong('CreateCompletionResponse', post(server, '/v1/completions', **text))
+    assert not wrong('CreateEmbeddingResponse', post(server, '/v1/embeddings', **embed))
+
+
+def test_the_sdk(client, name):
+    ask = dict(model=name, messages=messages('What is 12 times 7?'), max_tokens=8, temperature=0)
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=20)
+    rows = whole.choices[0].logprobs.content
+    assert b''.join(bytes(r.bytes) for r in rows).decode() == whole.choices[0].message.content
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={'include_usage': True}))
+    assert ''.join(c.choices[0].delta.content or '' for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 8
+    first = client.completions.create(model=name, prompt='The cat', max_tokens=1, temperature=0, logprobs=0)
+    token, = first.choices[0].logprobs.tokens
+    ids = {i: -100 for i in load_tokenizer('smollm2')(token)['input_ids']}
+    other = client.completions.create(model=name, prompt='The cat', max_tokens=1, temperature=0, logit_bias=ids)
+    assert other.choices[0].text != token
+    vectors = client.embeddings.create(model=name, input=['rain', 'It rains.'])
+    assert len(vectors.data[0].embedding) == 576 and np.isfinite(vectors.data[1].embedding).all()
+
+
+def test_the_sdk_parses(client, name):
+    class Product(BaseModel): result: int; words: list[str]
+    found = client.chat.completions.parse(model=name, messages=messages('What is 12 times 7?'), response_format=Product,
+                                          max_tokens=120, seed=3)
+    choice = found.choices[0]
+    assert choice.finish_reason in ('stop', 'length') and (choice.finish_reason == 'length' or choice.message.parsed)
+    tool = {'type': 'function', 'function': {'name': 'look', 'parameters': {
+        'type': 'object', 'properties': {'deep': {'type': 'boolean'}}, 'required': ['deep']}}}
+    called = client.chat.completions.create(model=name, messages=messages('Look.'), tools=[tool], max_tokens=60,
+                                            tool_choice='required').choices[0]
+    assert called.finish_reason == 'tool_calls'
+    assert json.loads(called.message.tool_calls[0].function.arguments).keys() == {'deep'}
+
+
+def test_a_seed_says_the_same_in_any_company(client, name):
+    def ask(seed): return client.chat.completions.create(model=name, messages=messages('Write a poem.'), max_tokens=10,
+                                                         seed=seed).choices[0].message.content
+    alone = ask(5)
+    with ThreadPoolExecutor(8) as pool: crowd = list(pool.map(ask, [5, 6, 7, 5, 8, 9, 10, 5]))
+    assert crowd[0] == crowd[3] == crowd[7] == alone and len(set(crowd)) > 3
+    two = client.chat.completions.create(model=name, messages=messages('Write a poem.'), max_tokens=10, seed=5, n=2)
+    assert two.choices[0].message.content == alone != two.choices[1].message.content
+
+
+def test_scores_of_token_ids(server, name, local):
+    model, tokenizer = local
+    ids = tokenizer('The capital of France is Paris.')['input_ids']
+    row, = post(server, '/v1/completions', model=name, prompt=[ids], max_tokens=0, echo=True, logprobs=1,
+                temperature=0)['choices']
+    with torch.no_grad(): slow = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = slow[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+    assert row['logprobs']['token_logprobs'][0] is None
+    assert np.allclose(row['logprobs']['token_logprobs'][1:], expected, atol=5e-3)
+
+
+def test_who_hangs_up_leaves_no_work_behind(server, name):
+    async def leave():
+        async with openai.AsyncOpenAI(base_url=server.url, api_key='none', max_retries=0) as client:
+            async def begin(stream):
+                ask = dict(model=name, messages=messages('Tell me everything.'), max_tokens=1500)
+                if stream:
+                    async for _ in await client.chat.completions.create(**ask, stream=True): break
+                else: await asyncio.wait_for(client.chat.completions.create(**ask), .5)
+            await asyncio.gather(*(begin(i % 2) for i in range(12)), return_exceptions=True)
+    asyncio.run(leave())
+    assert idle(server)
+    assert load(server)['llm_distill_cancelled_total'] >= 8
+
+
+def test_what_is_wrong_is_said(client, server, name):
+    def refused(**params):
+        try: client.chat.completions.create(**dict(model=name, messages=messages('Hi')) | params)
+        except openai.APIStatusError as e: return e.status_code, e.body['param']
+    assert refused(temperature=9) == (400, 'temperature')
+    assert refused(model='gpt-4o') == (404, 'model')
+    assert refused(max_tokens=10**6) == (400, 'messages')
+    what = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': {'type': 'what'}}}
+    assert refused(response_format=what)[0] == 400
+    assert refused(extra_body={'temprature': 1}) == (400, 'temprature')
+    for junk in (b'{', b'\xff\xfe', b'[]', b'"a"'):
+        request = urllib.request.Request(server.url + '/chat/completions', junk, {'content-type': 'application/json'})
+        with pytest.raises(urllib.error.HTTPError) as error: urllib.request.urlopen(request, timeout=20)
+        assert error.value.code == 400 and 'error' in json.loads(error.value.read())
