@@ -74,7 +74,8 @@ def test_greedy_is_what_generate_says_with_random_arrivals(local):
     for p in prompts:
         with torch.no_grad(): out = model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False)
         slow.append(out[0, len(p):].tolist())
-    engine = Engine(load_model('smollm2', 'cpu', torch.float32), tokenizer, slots=3, max_context=1024, budget=64, fused=True)
+    own = load_model('smollm2', 'cpu', torch.float32)
+    engine = Engine(own, tokenizer, slots=3, max_context=1024, budget=64, fused=True)
     def ask(i):
         time.sleep(rng.random()*2)
         done = threading.Event()

@@ -1,4 +1,4 @@
-"""What is it worth to keep more than the text? The long part of what_to_learn_from.ipynb.
+"""What is it worth to keep more than the text? The long part of a study.
 
     python nbs/studies/what_to_learn_from.py --out study
 
