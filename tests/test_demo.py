@@ -85,6 +85,7 @@ def test_the_student_is_an_ordinary_folder(killed_and_finished):
     assert model.config.num_hidden_layers == 10 and tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_a_second_run_asks_nothing_and_finds_the_same_figures(killed_and_finished):
     out, *_, first = killed_and_finished
     run('--fast', '--out', out)

@@ -28,10 +28,11 @@ def test_our_own_server_and_the_model_in_this_process_say_the_same(local):
             np.testing.assert_allclose(ours, theirs, atol=5e-3)
         card = teacher.probe()
         assert (card.max_logprobs, card.logprob_space, card.temperature) == (20, 'raw', 'honoured')
-        assert (card.seed, card.n, card.token_bytes, card.prompt_logprobs) == ('honoured', 'refused', True, False)
-        assert teacher.gives == {'text', 'top_logprobs'}
-        logits = teacher.get_logits(QUESTION, tokenizer=local.tokenizer, max_tokens=4)
-        assert logits.estimated and logits.about == 'answer' and logits.shape[2] == 49152
+        assert (card.seed, card.n, card.token_bytes, card.prompt_logprobs) == ('honoured', 'honoured', True, True)
+        assert teacher.gives == {'text', 'top_logprobs', 'prompt_logprobs'}
+        scored, read = teacher.score('Owls hunt at night.'), local.score('Owls hunt at night.')
+        assert scored.logprobs.tokens == read.logprobs.tokens
+        np.testing.assert_allclose(scored.logprobs.logprobs[1:], read.logprobs.logprobs[1:], atol=5e-3)
 
 
 @pytest.fixture(scope='module')

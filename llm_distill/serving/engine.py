@@ -45,7 +45,7 @@ class TextStream:
         self.held = text[len(text) - keep:]
         return text[:len(text) - keep]
 
-# %% ../../nbs/10_serving.engine.ipynb #54943351
+# %% ../../nbs/10_serving.engine.ipynb #b309ab30
 Alternative = tuple[int, bytes, float] # id, bytes, logprob
 
 @dataclass
@@ -75,8 +75,8 @@ class Stats:
     errors: int = 0
     cancelled: int = 0
     refused: int = 0        # Because the line was full
-    prompt_tokens: int = 0
-    reused_tokens: int = 0  # Of these, taken over from a prompt that began likewise
+    prompt_tokens: int = 0  # Read
+    reused_tokens: int = 0  # Of prompts, taken over from one that began likewise
     tokens: int = 0         # Generated
     steps: int = 0
     seconds: float = 0.     # That the model computed
