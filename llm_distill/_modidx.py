@@ -908,6 +908,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'llm_distill/serving/process.py'),
                                              'llm_distill.serving.process.Server.close': ( 'serving.process.html#server.close',
                                                                                            'llm_distill/serving/process.py'),
+                                             'llm_distill.serving.process._check_host': ( 'serving.process.html#_check_host',
+                                                                                          'llm_distill/serving/process.py'),
                                              'llm_distill.serving.process._child': ( 'serving.process.html#_child',
                                                                                      'llm_distill/serving/process.py'),
                                              'llm_distill.serving.process._read_line': ( 'serving.process.html#_read_line',

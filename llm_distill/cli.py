@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14_cli.ipynb #9ad8d545
+# %% ../nbs/14_cli.ipynb #810e68ff
 import argparse
 import json
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pathlib import Path
 import llm_distill
 from .types import BadInput, DistillError
 
-# %% ../nbs/14_cli.ipynb #4c5e6be6
+# %% ../nbs/14_cli.ipynb #7d5743b8
 def _demo(args) -> None:
     from llm_distill.demo import run_demo
     report = run_demo(args.out, args.fast, args.device, args.seed, args.price_as, args.teacher, args.prompts)
@@ -28,7 +29,9 @@ def _demo(args) -> None:
 def _serve(args) -> None:
     from llm_distill.serving.process import run_server
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
-    run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready)
+    keys = args.api_key or [k for k in os.environ.get('LLM_DISTILL_API_KEY', '').split(',') if k]
+    run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready, args.dtype,
+               args.max_context, args.max_logprobs, keys, args.insecure, args.cors or ())
 
 # %% ../nbs/14_cli.ipynb #07ac92fb
 _TEACHER = ('provider', 'model', 'base_url', 'timeout', 'config')
@@ -266,7 +269,7 @@ def _evaluate(args) -> None:
     if args.json:
         with atomically(args.json) as f: json.dump(scores.as_dict(), f, indent=2)
 
-# %% ../nbs/14_cli.ipynb #d45d2f77
+# %% ../nbs/14_cli.ipynb #01a4ef6b
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill',
                                      description='From an API key to a small language model of your own.')
@@ -305,6 +308,12 @@ def _parser() -> argparse.ArgumentParser:
     add('--slots', type=int, default=16, help='answers generated at the same time')
     add('--name', help="what clients call the model; left out, the folder's name")
     add('--device', help='cpu, cuda, mps; left out, the best there is')
+    add('--dtype', help='float32, bfloat16 or float16; left out, what suits the device')
+    add('--max-context', type=int, default=4096, help='tokens of prompt and answer together')
+    add('--max-logprobs', type=int, default=20, help='alternatives a token that clients may ask for')
+    add('--api-key', action='append', metavar='KEY', help='who sends it may ask; better as LLM_DISTILL_API_KEY')
+    add('--insecure', action='store_true', help='listen beyond this machine without a key')
+    add('--cors', action='append', metavar='ORIGIN', help='web pages from there may ask; * for all')
     return parser
 
 # %% ../nbs/14_cli.ipynb #5b2a75ba

@@ -1,7 +1,10 @@
 "The server with real weights: what the official SDK sees, who disturbs whom, and what is left behind."
 import asyncio
 import json
+import os
 import random
+import signal
+import subprocess
 import threading
 import time
 import urllib.request
@@ -11,6 +14,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from conftest import SCRIPT
 from llm_distill import serve
 from llm_distill.models import encode_chat, load_model, load_tokenizer
 from llm_distill.serving.engine import Engine
@@ -202,3 +206,23 @@ def test_what_is_wrong_is_said(client, server, name):
         request = urllib.request.Request(server.url + '/chat/completions', junk, {'content-type': 'application/json'})
         with pytest.raises(urllib.error.HTTPError) as error: urllib.request.urlopen(request, timeout=20)
         assert error.value.code == 400 and 'error' in json.loads(error.value.read())
+
+
+def test_the_command_wants_a_key_beyond_this_machine():
+    words = [SCRIPT, 'serve', 'smollm2', '--host', '0.0.0.0', '--port', '0']
+    keyed = os.environ | {'LLM_DISTILL_API_KEY': 'k-1,k-2'}
+    bare = {k: v for k, v in os.environ.items() if k != 'LLM_DISTILL_API_KEY'}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=bare)
+    assert done.returncode == 1 and 'give it a key' in done.stderr and 'Traceback' not in done.stderr
+    words += ['--max-context', '256', '--dtype', 'bfloat16']
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=keyed)
+    try:
+        url = process.stdout.readline().split(' answers at ')[1].split()[0].replace('0.0.0.0', '127.0.0.1')
+        def status(key):
+            with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+                try: return client.models.list().data[0].id
+                except openai.AuthenticationError as e: return e.status_code
+        assert (status('k-2'), status('k')) == ('SmolLM2-135M-Instruct', 401)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) is not None

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['run_server', 'Server', 'serve']
 
-# %% ../../nbs/10_serving.process.ipynb #66dd5f06
+# %% ../../nbs/10_serving.process.ipynb #f8ed05d7
+import ipaddress
 import json
 import os
 import socket
@@ -13,12 +14,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ..types import BadInput, DistillError, ServerError
 
-# %% ../../nbs/10_serving.process.ipynb #2fcf2b9e
+# %% ../../nbs/10_serving.process.ipynb #d0cb0686
+def _check_host(host: str, api_keys: Sequence[str], insecure: bool) -> None:
+    try: here = ipaddress.ip_address(host).is_loopback
+    except ValueError: here = host == 'localhost'
+    if not (here or api_keys or insecure):
+        raise BadInput(f'at {host} others can reach this server: give it a key, by --api-key or LLM_DISTILL_API_KEY '
+                       '(api_keys= in Python), or say --insecure (insecure=True)')
+
 def _take_port(host: str, port: int) -> socket.socket:
     taken = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
     if os.name == 'posix': taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -28,7 +37,9 @@ def _take_port(host: str, port: int) -> socket.socket:
         raise ServerError(f'cannot listen on {host}:{port} ({e}); choose another port, or 0 for any free one') from e
     return taken
 
-# %% ../../nbs/10_serving.process.ipynb #52a48cd9
+# %% ../../nbs/10_serving.process.ipynb #99f7356a
+_TYPES = 'float32', 'bfloat16', 'float16'
+
 def run_server(
     model: str|Path,            # A folder, "smollm2" or a hub name
     host: str = '127.0.0.1',    # Where to listen; the default is for this machine alone
@@ -37,8 +48,16 @@ def run_server(
     slots: int = 16,            # Answers generated at the same time
     name: str|None = None,      # What clients call the model; None takes the folder's name
     on_ready=None,              # Called with the URL, "/v1" included, when requests are answered
-) -> None:                      # Raises `ServerError` for a port in use, `NoSuchModel` for a wrong folder
+    dtype: str|None = None,     # "float32", "bfloat16" or "float16"; None takes what suits the device
+    max_context: int = 4096,    # Longest prompt and answer together, at most what the model knows
+    max_logprobs: int = 20,     # Alternatives a token that clients may ask for
+    api_keys: Sequence[str] = (), # Any of them lets in; none: everybody may
+    insecure: bool = False,     # Listen beyond this machine without a key
+    cors: Sequence[str] = (),   # Origins whose web pages may ask, "*" for all
+) -> None:                      # Raises `BadInput`, `ServerError` for a port in use, `NoSuchModel` for a wrong folder
     "Serve a model until interrupted."
+    _check_host(host, api_keys, insecure)
+    if dtype not in (None, *_TYPES): raise BadInput(f'dtype is one of {", ".join(_TYPES)}, not {dtype!r}')
     from llm_distill.models import find_model, load_model, load_tokenizer
     if slots < 1: raise BadInput(f'slots must be 1 or more, not {slots}')
     with _take_port(host, port) as taken:
@@ -53,9 +72,11 @@ def run_server(
                 await super().startup(sockets)
                 if on_ready: on_ready(f'http://{host}:{taken.getsockname()[1]}/v1')
 
-        tokenizer = load_tokenizer(place)
-        engine = Engine(load_model(place, device), tokenizer, slots, fused=True)
-        app = create_app(Service(engine, tokenizer, name or Path(place).resolve().name))
+        import torch
+        tokenizer, loaded = load_tokenizer(place), load_model(place, device, dtype and getattr(torch, dtype))
+        engine = Engine(loaded, tokenizer, slots, max_context, fused=True)
+        service = Service(engine, tokenizer, name or Path(place).resolve().name, max_logprobs)
+        app = create_app(service, api_keys, cors)
         try: Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5)).run(sockets=[taken])
         finally: engine.close()
 
@@ -89,12 +110,12 @@ def _child() -> None:
     except (DistillError, ImportError) as e: say(error=str(e), kind=type(e).__name__); os._exit(1)
     except Exception as e: say(error=f'the model could not be served: {e}', kind='ServerError'); raise
 
-# %% ../../nbs/10_serving.process.ipynb #c4d09c60
+# %% ../../nbs/10_serving.process.ipynb #662b36ba
 def serve(
     model: str|Path,         # A folder, "smollm2" or a hub name
     port: int = 0,           # 0 takes any free port
     timeout: float = 300,    # Seconds until it must answer
-    **settings,              # host, device, slots, name, as for `run_server`
+    **settings,              # What else `run_server` takes, but `on_ready`
 ) -> Server:                 # Answers already; raises what `run_server` raises
     "Serve a model in a process of its own."
     handle, log = tempfile.mkstemp(prefix='llm_distill_', suffix='.log')
