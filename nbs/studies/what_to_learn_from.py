@@ -28,7 +28,7 @@ from llm_distill.evaluate import FIGURES, Scores
 from llm_distill.models import find_model, load_model, load_tokenizer
 from llm_distill.progress import Progress
 from llm_distill.rollout import as_examples, prompts_of, write_ids
-from llm_distill.serving.app import serve
+from llm_distill.serving.process import serve
 from llm_distill.targets import collate
 from llm_distill.train import DistillConfig, DistillTrainer
 
