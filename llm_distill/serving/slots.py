@@ -80,12 +80,12 @@ def bytes_per_token(config, dtype: torch.dtype) -> int:
     size = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
     return 2*config.num_hidden_layers*heads*size*dtype.itemsize
 
-# %% ../../nbs/10_serving.slots.ipynb #513cfdd9
+# %% ../../nbs/10_serving.slots.ipynb #cf810994
 _MOST = 32  # rows of a step; with more, a step takes twice as long anyway
 
-def _agree(weight: torch.Tensor, rows: int, most: int) -> bool:
-    x = torch.randn(most, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    return torch.equal(F.linear(x[:rows], weight), F.linear(x, weight)[:rows])
+def _agree(product: torch.nn.Module, rows: int, most: int, like: torch.Tensor) -> bool:
+    x = torch.randn(most, product.in_features, generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.equal(product(x[:rows]), product(x)[:rows])
 
 @torch.no_grad()
 def row_counts(
@@ -94,9 +94,10 @@ def row_counts(
 ) -> list[int]: # Ascending; the last is the most that a step computes
     "Numbers of rows whose results agree with each other on this machine."
     most = min(slots, _MOST)
-    shapes = {m.weight.shape: m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    products = {(m.in_features, m.out_features): m for m in model.modules() if hasattr(m, 'in_features')}
+    like = model.get_input_embeddings().weight
     sizes = [n for n in (1, 2, 4, 8, 16, 32) if n < most]
-    return [n for n in sizes if all(_agree(w, n, most) for w in shapes.values())] + [most]
+    return [n for n in sizes if all(_agree(m, n, most, like) for m in products.values())] + [most]
 
 # %% ../../nbs/10_serving.slots.ipynb #0d47ff36
 class SlotModel:
