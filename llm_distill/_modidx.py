@@ -239,6 +239,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llm_distill.cli._cache_stats': ('cli.html#_cache_stats', 'llm_distill/cli.py'),
                                  'llm_distill.cli._collect': ('cli.html#_collect', 'llm_distill/cli.py'),
                                  'llm_distill.cli._demo': ('cli.html#_demo', 'llm_distill/cli.py'),
+                                 'llm_distill.cli._ending_at_sigterm': ('cli.html#_ending_at_sigterm', 'llm_distill/cli.py'),
                                  'llm_distill.cli._evaluate': ('cli.html#_evaluate', 'llm_distill/cli.py'),
                                  'llm_distill.cli._params': ('cli.html#_params', 'llm_distill/cli.py'),
                                  'llm_distill.cli._parser': ('cli.html#_parser', 'llm_distill/cli.py'),

@@ -3,11 +3,9 @@ import json
 import os
 import signal
 import socket
-
 import subprocess
 import sys
 import threading
-
 import urllib.request
 
 import pytest
@@ -15,7 +13,7 @@ from llm_distill.serving.process import run_server
 from llm_distill.serving.vllm import _NOT_THERE, run_vllm, vllm_command, vllm_environment
 from llm_distill.types import BadInput, ServerError
 
-# `vllm serve` of vLLM 0.18 to 0.33, by its published reference: the flags that we use, and how it reads their values.
+# `vllm serve` of vLLM 0.18 and later, by its published reference: the flags that we use, and how it reads their values.
 STAND_IN = f'''#!{sys.executable}
 import argparse, http.server, json, os, signal, sys, threading, time
 parser = argparse.ArgumentParser('vllm', allow_abbrev=False)
@@ -126,10 +124,12 @@ def test_an_adapter_stands_beside_its_base(vllm, folder, more):
 
 @pytest.mark.parametrize('settings, word', [
     ({'device': 'cpu'}, '--device'), ({'max_concurrent': 5}, '--max-concurrent'),
-    ({'torch_compile': 'default'}, 'compiles'), ({'static_cache': True}, '--static-cache'), ({'architecture': 'encoder-decoder'}, '--architecture'),
-    ({'task': 'transcribe'}, '--task'), ({'prompt_template': 'alpaca'}, 'Jinja'), ({'profile': True}, '--profile'),
+    ({'torch_compile': 'default'}, 'compiles'), ({'static_cache': True}, '--static-cache'),
+    ({'architecture': 'encoder-decoder'}, '--architecture'), ({'task': 'transcribe'}, '--task'),
+    ({'prompt_template': 'alpaca'}, 'Jinja'), ({'profile': True}, '--profile'),
     ({'quantize': 'int8'}, '--quantize int8'), ({'api_keys': ['a', 'b']}, 'one key'),
-    ({'gpus': '0,1,2'}, '4 attention'), ({'port': 0}, 'port'), ({'dtype': 'int3'}, 'dtype'), ({'lora': '.'}, 'no adapter')])
+    ({'gpus': '0,1,2'}, '4 attention'), ({'port': 0}, 'port'), ({'dtype': 'int3'}, 'dtype'),
+    ({'lora': '.'}, 'no adapter')])
 def test_what_it_has_no_word_for_is_refused_before_anything_starts(vllm, folder, settings, word):
     with pytest.raises(BadInput, match=word): run_vllm(folder, **{'port': free_port()} | settings)
     assert not vllm.exists()
