@@ -1314,6 +1314,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'llm_distill.serving.vllm._read': ('serving.vllm.html#_read', 'llm_distill/serving/vllm.py'),
                                           'llm_distill.serving.vllm._run': ('serving.vllm.html#_run', 'llm_distill/serving/vllm.py'),
                                           'llm_distill.serving.vllm._split': ('serving.vllm.html#_split', 'llm_distill/serving/vllm.py'),
+                                          'llm_distill.serving.vllm._template': ( 'serving.vllm.html#_template',
+                                                                                  'llm_distill/serving/vllm.py'),
                                           'llm_distill.serving.vllm._when_ready': ( 'serving.vllm.html#_when_ready',
                                                                                     'llm_distill/serving/vllm.py'),
                                           'llm_distill.serving.vllm.run_vllm': ( 'serving.vllm.html#run_vllm',

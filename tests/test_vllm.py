@@ -7,9 +7,9 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from dataclasses import fields
 
 import pytest
-from llm_distill.serving.process import run_server
 from llm_distill.serving.vllm import _NOT_THERE, run_vllm, vllm_command, vllm_environment
 from llm_distill.types import BadInput, ServerError
 
@@ -30,7 +30,7 @@ add('--max-lora-rank', type=int, choices=[1, 8, 16, 32, 64, 128, 256, 320, 512],
 add('--lora-modules', type=json.loads, nargs='+')
 add('--allowed-origins', type=json.loads, default=['*'])
 add('--uvicorn-log-level', choices=['critical', 'error', 'warning', 'info', 'debug', 'trace'], default='info')
-add('--shutdown-timeout', type=int, default=0)
+add('--shutdown-timeout', type=int, default=0), add('--chat-template')
 args = parser.parse_args()
 with open(os.environ['TOLD'], 'w') as f:
     json.dump({{'args': vars(args), 'env': {{k: v for k, v in os.environ.items() if k[:5] in ('VLLM_', 'CUDA_')}}}}, f)
@@ -86,12 +86,13 @@ def told(vllm, folder, **settings):
 
 def test_every_option_arrives_in_words_that_vllm_knows(vllm, folder):
     found = told(vllm, folder, name='mine', dtype='bfloat16', max_model_len=4096, batch_size=7, max_logprobs=50,
-                 tokenizer='owner/words', quantize='int4', gpus='2,3', cors=['https://a.example'], log_level='WARNING',
-                 api_keys=['secret'], grace_s=9)
+                 tokenizer='owner/words', quantize='int4', gpus='2,3', cors=['https://a.example'], loglevel='WARNING',
+                 api_keys=['secret'], grace=9., prompt_template=__file__)
     args = found['args']
     wanted = dict(host='127.0.0.1', served_model_name=['mine'], dtype='bfloat16', max_model_len=512, max_num_seqs=7,
                   max_logprobs=50, tokenizer='owner/words', quantization='bitsandbytes', tensor_parallel_size=2,
-                  allowed_origins=['https://a.example'], uvicorn_log_level='warning', shutdown_timeout=9)
+                  allowed_origins=['https://a.example'], uvicorn_log_level='warning', shutdown_timeout=9,
+                  chat_template=__file__)
     assert {k: args[k] for k in wanted} == wanted
     assert found['env'] == {'VLLM_API_KEY': 'secret', 'VLLM_NO_USAGE_STATS': '1', 'CUDA_VISIBLE_DEVICES': '2,3'}
     assert 'secret' not in json.dumps(args)
@@ -126,7 +127,7 @@ def test_an_adapter_stands_beside_its_base(vllm, folder, more):
     ({'device': 'cpu'}, '--device'), ({'max_concurrent': 5}, '--max-concurrent'),
     ({'torch_compile': 'default'}, 'compiles'), ({'static_cache': True}, '--static-cache'),
     ({'architecture': 'encoder-decoder'}, '--architecture'), ({'task': 'transcribe'}, '--task'),
-    ({'prompt_template': 'alpaca'}, 'Jinja'), ({'profile': True}, '--profile'),
+    ({'prompt_template': 'alpaca'}, 'Jinja'), ({'profile': 'trace.json'}, '--profile'),
     ({'quantize': 'int8'}, '--quantize int8'), ({'api_keys': ['a', 'b']}, 'one key'),
     ({'gpus': '0,1,2'}, '4 attention'), ({'port': 0}, 'port'), ({'dtype': 'int3'}, 'dtype'),
     ({'lora': '.'}, 'no adapter')])
@@ -141,11 +142,14 @@ def test_adapters_that_it_cannot_add_are_refused(folder, config):
     with pytest.raises(BadInput, match='merge it'): vllm_command(folder)
 
 
-def test_every_option_of_our_server_is_known_here():
+def test_every_option_of_our_server_is_known_here(vllm, folder):
     "So that a new one is either translated or refused, and never dropped."
-    known = {*vllm_command.__annotations__, *run_vllm.__annotations__, *_NOT_THERE, 'slots', 'max_context', 'engine'}
-    assert set(run_server.__annotations__) <= known, set(run_server.__annotations__) - known
     with pytest.raises(TypeError, match='no option'): run_vllm('smollm2', colour='red')
+    options = pytest.importorskip('llm_distill.serving.options').ServeOptions
+    known = {*vllm_command.__annotations__, *run_vllm.__annotations__, *_NOT_THERE, 'engine'}
+    assert {f.name for f in fields(options)} <= known
+    folder.rename(folder.parent/'broken')
+    assert run_vllm(**vars(options(str(folder.parent/'broken'), port=free_port(), engine='vllm', api_keys=['k']))) == 3
 
 
 def test_without_vllm_it_says_how_to_get_it(folder, monkeypatch):

@@ -33,7 +33,7 @@ Requests that run or wait, at most; more are told to come back later.
 Tokens of prompt and answer together.
 
 .PARAMETER LogLevel
-debug, info, warning or error.
+debug, info, warning, error or critical.
 
 .PARAMETER AskKey
 Ask for the key that clients have to send. Without this switch it is LLM_DISTILL_API_KEY of the environment.
@@ -77,7 +77,7 @@ param(
     [ValidateRange(1, 100000000)]
     [Nullable[int]]$MaxModelLen,
 
-    [ValidateSet('debug', 'info', 'warning', 'error')]
+    [ValidateSet('debug', 'info', 'warning', 'error', 'critical')]
     [string]$LogLevel,
 
     [switch]$AskKey,

@@ -47,7 +47,7 @@ def _adapter(folder: str|Path, name: str) -> list[str]:
 def _split(gpus: str|Sequence[int]|None) -> list[str]:
     return [g.strip() for g in (gpus.split(',') if isinstance(gpus, str) else map(str, gpus or ())) if g.strip()]
 
-# %% ../../nbs/10_serving.vllm.ipynb #175baae8
+# %% ../../nbs/10_serving.vllm.ipynb #efb80f5e
 def vllm_command(
     model: str|Path,              # A model folder or hub name; of an adapter's folder, its base is served with it
     host: str = '127.0.0.1',      # Where to listen
@@ -62,8 +62,9 @@ def vllm_command(
     quantize: str|None = None,    # "int4", by bitsandbytes at loading
     gpus: str|Sequence[int]|None = None, # "0,1": which, and the model is split over all of them
     cors: Sequence[str] = (),     # Origins whose web pages may ask, "*" for all
-    log_level: str|None = None,   # "critical", "error", "warning", "info", "debug" or "trace"
-    grace_s: int = 30,            # Seconds that running answers get when the server is told to stop
+    prompt_template: str|Path|None = None, # A file with a Jinja template, for a model that has none
+    loglevel: str|None = None,    # "critical", "error", "warning", "info", "debug" or "trace"
+    grace: float = 30.,           # Seconds that answers may still take when the server is told to stop
 ) -> list[str]:                   # Words after `vllm`; raises `BadInput`
     "Our options as a command line of vLLM, without the keys, which `ps` would show."
     model, base = str(model), _read(model, 'adapter_config.json').get('base_model_name_or_path')
@@ -77,19 +78,24 @@ def vllm_command(
         raise BadInput(f'--quantize {quantize} has no counterpart in vLLM, int4 has; or serve without --engine vllm')
     words = ['serve', model, '--host', host, '--port', str(port), '--max-logprobs', str(max_logprobs),
              '--served-model-name', _base_name(model, name) if lora else name,
-             '--allowed-origins', json.dumps(list(cors)), '--shutdown-timeout', str(grace_s)]
+             '--allowed-origins', json.dumps(list(cors)), '--shutdown-timeout', str(round(grace))]
     config = _read(model, 'config.json')
     knows = config.get('max_position_embeddings') or max_model_len
     if max_model_len: words += ['--max-model-len', str(min(max_model_len, knows))]
     for flag, value in {'--dtype': dtype, '--max-num-seqs': batch_size, '--tokenizer': tokenizer,
                         '--quantization': quantize and 'bitsandbytes',
-                        '--uvicorn-log-level': log_level and log_level.lower()}.items():
+                        '--uvicorn-log-level': loglevel and loglevel.lower(),
+                        '--chat-template': prompt_template and _template(prompt_template)}.items():
         if value is not None: words += [flag, str(value)]
     heads, ways = config.get('num_attention_heads', 0), len(_split(gpus))
     if ways and heads % ways:
         raise BadInput(f'{heads} attention heads cannot be split over {ways} GPUs; name others by --gpus')
     if ways > 1: words += ['--tensor-parallel-size', str(ways)]
     return words + (_adapter(lora, name) if lora else [])
+
+def _template(name: str|Path) -> str:
+    if Path(name).is_file(): return str(name)
+    raise BadInput(f'--prompt-template is a file with a Jinja template where vLLM is the engine, not {str(name)!r}')
 
 def _base_name(model: str, name: str) -> str:
     base = Path(model).name
@@ -109,7 +115,7 @@ def vllm_environment(
     if _split(gpus): found['CUDA_VISIBLE_DEVICES'] = ','.join(_split(gpus))
     return found
 
-# %% ../../nbs/10_serving.vllm.ipynb #4504dad7
+# %% ../../nbs/10_serving.vllm.ipynb #bbf2f6b6
 _NOT_THERE = {  # option: (what may be asked for all the same, why nothing else)
     'device': ((None, 'cuda'), 'which devices it runs on was settled when it was built; --gpus chooses among them'),
     'max_concurrent': ((None, 100), 'it lets all requests wait; let a proxy in front of it count them'),
@@ -117,8 +123,7 @@ _NOT_THERE = {  # option: (what may be asked for all the same, why nothing else)
     'static_cache': ((None, False), 'its cache is paged'),
     'architecture': ((None, 'decoder'), 'it reads from the model what it is'),
     'task': ((None, 'chat'), 'it reads from the model what it does'),
-    'prompt_template': ((None,), 'its --chat-template is Jinja; save one with the tokenizer'),
-    'profile': ((None, False), 'it has a profiler of its own'),
+    'profile': ((None,), 'it has a profiler of its own'),
 }
 
 def _check_rest(rest: dict) -> None:
@@ -143,7 +148,7 @@ def _find_vllm() -> str:
     if not found: raise missing_package('--engine vllm', 'vllm')
     return found
 
-# %% ../../nbs/10_serving.vllm.ipynb #4bc79b93
+# %% ../../nbs/10_serving.vllm.ipynb #6a6d208d
 def _when_ready(child, host: str, port: int, on_ready: Callable) -> None:
     "Call back with the URL once it answers; it takes minutes for a big model."
     at = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
@@ -186,7 +191,7 @@ def run_vllm(
 ) -> int:                     # vLLM's exit code; raises `BadInput`, ImportError where vLLM is not installed
     "Serve a model by vLLM until interrupted."
     ours = {k: settings.pop(k) for k in list(settings) if k in vllm_command.__annotations__}
-    _check_rest(settings)
+    _check_rest({k: v for k, v in settings.items() if k != 'engine'})
     _check_reach(host, insecure)
     environment, vllm = vllm_environment(api_keys, gpus), _find_vllm()
     if not (Path(model)/'adapter_config.json').exists():  # which vLLM reads without peft
