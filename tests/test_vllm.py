@@ -157,6 +157,18 @@ def test_without_vllm_it_says_how_to_get_it(folder, monkeypatch):
     with pytest.raises(ImportError, match='-m pip install vllm$'): run_vllm(folder)
 
 
+def test_the_command_hands_over(vllm, folder, command):
+    folder.rename(folder.parent/'broken')
+    words = ['serve', folder.parent/'broken', '--engine', 'vllm', '--port', free_port(), '--api-key', 'k']
+    done = command(*words)
+    assert done.returncode == 3, done.stderr  # the stand-in's
+    assert json.loads(vllm.read_text())['env']['VLLM_API_KEY'] == 'k'
+    done = command(*words, '--static-cache')
+    assert (done.returncode, done.stderr.count('\n')) == (1, 1) and '--static-cache has no counterpart' in done.stderr
+    done = command(*words, env=os.environ | {'PATH': ''})
+    assert (done.returncode, done.stderr.count('\n')) == (1, 1) and 'pip install vllm' in done.stderr
+
+
 def test_the_name_vllm_is_not_ours():
     "Nothing here hides the real package, nor is taken for it."
     code = ('import importlib.util, llm_distill.serving.vllm as ours; found = importlib.util.find_spec("vllm"); '
