@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14_cli.ipynb #810e68ff
+# %% ../nbs/14_cli.ipynb #e8ca7bdc
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import llm_distill
 from .types import BadInput, DistillError
 
-# %% ../nbs/14_cli.ipynb #7d5743b8
+# %% ../nbs/14_cli.ipynb #b9200c29
 def _demo(args) -> None:
     from llm_distill.demo import run_demo
     report = run_demo(args.out, args.fast, args.device, args.seed, args.price_as, args.teacher, args.prompts)
@@ -26,12 +29,21 @@ def _demo(args) -> None:
     print(f'The report: {out}report.html and report.json; the answers: {out}cache.db')
     print(f'Talk to it: llm-distill serve {report["student"]}')
 
+@contextmanager
+def _ending_at_sigterm():
+    "Exit code 0: uvicorn hands the signal on when all is answered; until then a container's first process is deaf."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
 def _serve(args) -> None:
     from llm_distill.serving.process import run_server
     def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     keys = args.api_key or [k for k in os.environ.get('LLM_DISTILL_API_KEY', '').split(',') if k]
-    run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready, args.dtype,
-               args.max_context, args.max_logprobs, keys, args.insecure, args.cors or ())
+    with _ending_at_sigterm():
+        run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready, args.dtype,
+                   args.max_context, args.max_logprobs, keys, args.insecure, args.cors or ())
 
 # %% ../nbs/14_cli.ipynb #07ac92fb
 _TEACHER = ('provider', 'model', 'base_url', 'timeout', 'config')
