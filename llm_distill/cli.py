@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14_cli.ipynb #e8ca7bdc
+# %% ../nbs/14_cli.ipynb #7a829b40
 import argparse
 import json
-import os
 import signal
 import sys
 import threading
@@ -18,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import llm_distill
+from .serving.options import add_options, from_flags
 from .types import BadInput, DistillError
 
-# %% ../nbs/14_cli.ipynb #b9200c29
+# %% ../nbs/14_cli.ipynb #b32babe2
 def _demo(args) -> None:
     from llm_distill.demo import run_demo
     report = run_demo(args.out, args.fast, args.device, args.seed, args.price_as, args.teacher, args.prompts)
@@ -37,13 +37,11 @@ def _ending_at_sigterm():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-def _serve(args) -> None:
+def _serve(args) -> int:
     from llm_distill.serving.process import run_server
-    def ready(url): print(f'{args.model} answers at {url}  (stop with Ctrl-C)', flush=True)
-    keys = args.api_key or [k for k in os.environ.get('LLM_DISTILL_API_KEY', '').split(',') if k]
-    with _ending_at_sigterm():
-        run_server(args.model, args.host, args.port, args.device, args.slots, args.name, ready, args.dtype,
-                   args.max_context, args.max_logprobs, keys, args.insecure, args.cors or ())
+    options = from_flags(args)
+    def ready(url): print(f'{options.model} answers at {url}  (stop with Ctrl-C)', flush=True)
+    with _ending_at_sigterm(): return run_server(**vars(options), on_ready=ready)
 
 # %% ../nbs/14_cli.ipynb #07ac92fb
 _TEACHER = ('provider', 'model', 'base_url', 'timeout', 'config')
@@ -281,7 +279,7 @@ def _evaluate(args) -> None:
     if args.json:
         with atomically(args.json) as f: json.dump(scores.as_dict(), f, indent=2)
 
-# %% ../nbs/14_cli.ipynb #01a4ef6b
+# %% ../nbs/14_cli.ipynb #8ad88e8a
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill',
                                      description='From an API key to a small language model of your own.')
@@ -314,18 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--model', help='of one teacher alone')
     add('--json', metavar='FILE', help='write the scores as JSON')
     add = command('serve', _serve, 'serve a model behind an OpenAI-compatible API')
-    add('model', help='a model folder, a hub name, or smollm2')
-    add('--host', default='127.0.0.1', help='where to listen; the default is for this machine alone')
-    add('--port', type=int, default=8000, help='0 takes any free port')
-    add('--slots', type=int, default=16, help='answers generated at the same time')
-    add('--name', help="what clients call the model; left out, the folder's name")
-    add('--device', help='cpu, cuda, mps; left out, the best there is')
-    add('--dtype', help='float32, bfloat16 or float16; left out, what suits the device')
-    add('--max-context', type=int, default=4096, help='tokens of prompt and answer together')
-    add('--max-logprobs', type=int, default=20, help='alternatives a token that clients may ask for')
-    add('--api-key', action='append', metavar='KEY', help='who sends it may ask; better as LLM_DISTILL_API_KEY')
-    add('--insecure', action='store_true', help='listen beyond this machine without a key')
-    add('--cors', action='append', metavar='ORIGIN', help='web pages from there may ask; * for all')
+    add_options(add)
     return parser
 
 # %% ../nbs/14_cli.ipynb #5b2a75ba

@@ -70,13 +70,13 @@ def _prepare(out, plan: Plan, price_as: str, seed: int, device: str|None, prompt
     except OSError as e: raise BadInput(f'cannot write to {folder} ({e}); choose another folder with --out') from e
     return folder, records
 
-# %% ../nbs/12a_demo.ipynb #d5283821
+# %% ../nbs/12a_demo.ipynb #6a329126
 def _ask(model, records, plan, cache, device, seed, show):
     "The teacher's answers, from a server in a process of its own by way of the official SDK."
     from llm_distill.models import fingerprint
     from llm_distill.serving.process import serve
     from llm_distill.teachers.registry import create_teacher
-    with serve(model, device=device, slots=32) as server:
+    with serve(model, device=device, batch_size=32) as server:
         # The port differs from run to run, so the cache knows the teacher by its weights.
         name = fingerprint(model)
         with create_teacher('openai-compatible', base_url=server.url, cache_as=name, timeout=600) as teacher:
@@ -130,7 +130,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #1bea29c2
+# %% ../nbs/12a_demo.ipynb #cd4d432a
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -175,7 +175,7 @@ def run_demo(
     say(f'     KL to the teacher {before.kl:.2f} -> {after.kl:.2f} nats per token, '
         f'agreement {before.agreement:.1%} -> {after.agreement:.1%}')
     say(f'4/5  Serving the student, and asking it: {shown[0].prompt}')
-    with serve(folder/'student', device=device, slots=1) as server: ask_streaming(server.url, shown[0].prompt, say)
+    with serve(folder/'student', device=device, batch_size=1) as server: ask_streaming(server.url, shown[0].prompt, say)
     say('5/5  Writing the report')
     tokens = sum((a.completion.usage for a in answers), Usage())
     report = {

@@ -116,7 +116,7 @@ def gguf_folder(
     folder = cache_folder()/f'{gguf.stem}-{mark}'
     return folder if (folder/'config.json').exists() else convert_gguf(gguf, folder)
 
-# %% ../nbs/01a_models.ipynb #3c0c34cc
+# %% ../nbs/01a_models.ipynb #6f744518
 def find_model(
     name: str|Path, # A folder (also of an adapter), a GGUF file, "smollm2", or a hub name to be had ("owner/name")
 ) -> str:           # What `from_pretrained` takes; raises `NoSuchModel` for a folder that is not there
@@ -129,6 +129,9 @@ def find_model(
         if importlib.util.find_spec('peft') is None: raise missing_package('a folder with an adapter', 'peft')
         return str(folder)
     if folder.suffix == '.gguf' and folder.is_file(): return str(gguf_folder(folder))
+    files = sorted(folder.glob('*.gguf')) if folder.is_dir() else []
+    if len(files) == 1: return str(gguf_folder(files[0]))
+    if files: raise NoSuchModel(f'{name!r} holds several GGUF files; give one of them: {", ".join(f.name for f in files)}')
     if folder.exists():
         raise NoSuchModel(f'{name!r} holds no model (no config.json); give a folder made by save_pretrained')
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
@@ -144,23 +147,32 @@ def load_tokenizer(name: str|Path): # As for `find_model`; returns a transformer
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/01a_models.ipynb #71222d24
+# %% ../nbs/01a_models.ipynb #ba7ffe24
 def load_model(
     name: str|Path,               # As for `find_model`; an adapter is merged into its base
     device: str|None = None,      # None takes the best there is
     dtype: torch.dtype|None = None, # None takes what suits the device; training wants float32
+    adapter: str|Path|None = None, # The folder of one to be merged in
+    **how,                        # What else `from_pretrained` takes; with a `device_map` it chooses devices
 ):                                # A transformers causal LM in eval mode
     "Load a causal language model."
     from transformers import AutoModelForCausalLM
     device, place = pick_device(device), Path(find_model(name))
-    if (place/'adapter_config.json').exists(): return _merged(place, str(device), dtype)
-    return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype or pick_dtype(device)).to(device).eval()
+    if adapter is not None: return _merged(load_model(name, str(device), dtype, **how), Path(find_model(adapter)))
+    if (place/'adapter_config.json').exists():
+        from peft import PeftConfig
+        return load_model(PeftConfig.from_pretrained(place).base_model_name_or_path, str(device), dtype, place, **how)
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype or pick_dtype(device), **how)
+    return (model if how else model.to(device)).eval()
 
-def _merged(place: Path, device: str, dtype):
+def _merged(base, place: Path):
     # By peft: transformers 5.23 reads such a folder too, but drops what a DoRA learnt of lengths, with a log line.
-    from peft import PeftConfig, PeftModel
-    base = load_model(PeftConfig.from_pretrained(place).base_model_name_or_path, device, dtype)
-    return PeftModel.from_pretrained(base, place).merge_and_unload().eval()
+    from peft import PeftModel
+    if not (place/'adapter_config.json').exists():
+        raise NoSuchModel(f'{str(place)!r} holds no adapter (no adapter_config.json)')
+    try: return PeftModel.from_pretrained(base, place).merge_and_unload().eval()
+    except (RuntimeError, ValueError) as e:
+        raise NoSuchModel(f'the adapter {str(place)!r} is not for this model: {str(e).splitlines()[0]}') from e
 
 # %% ../nbs/01a_models.ipynb #4fac0a79
 def _from_pretrained(auto, name, **kwargs):

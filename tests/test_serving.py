@@ -29,7 +29,7 @@ QUESTIONS = ['Why is the sky blue?', 'Name a planet.', 'What is 12 times 7?', 'W
 
 @pytest.fixture(scope='module')
 def server():
-    with serve('smollm2', device='cpu', slots=8) as running: yield running
+    with serve('smollm2', device='cpu', batch_size=8, dtype="float32") as running: yield running
 
 
 @pytest.fixture(scope='module')

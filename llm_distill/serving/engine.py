@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Alternative', 'Emit', 'TextStream', 'PromptRows', 'Piece', 'Stats', 'Job', 'Words', 'Engine']
 
-# %% ../../nbs/10_serving.engine.ipynb #8918e12c
+# %% ../../nbs/10_serving.engine.ipynb #47841358
 import codecs
 import logging
 import os
@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -222,22 +222,35 @@ def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
-# %% ../../nbs/10_serving.engine.ipynb #f69a8c6f
+# %% ../../nbs/10_serving.engine.ipynb #70ad1207
+@contextmanager
+def _traced(file: str|None): # To be called after each turn
+    if file is None: yield lambda: None; return
+    plan = torch.profiler.schedule(wait=0, warmup=0, active=200, repeat=1)
+    with torch.profiler.profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(file)) as tracer:
+        yield tracer.step
+
 class _Work:
     "What the thread does."
     @torch.inference_mode()
-    def _run(self, model, fused: bool, ready: Future):
+    def _run(self, model, fused: bool, trace: str|None, how: dict, ready: Future):
         # Also what is computed once: threads that multiply matrices elsewhere in the process halve the speed here
-        try: self.slots = SlotModel(fuse(model) if fused else model, self.size, self.max_context)
+        try: self.slots = SlotModel(fuse(model) if fused else model, self.size, self.max_context, **how)
         except Exception as e: return ready.set_exception(e)
         ready.set_result(self.slots)
-        while not self.ended:
-            with self._work:
-                while not (self._waiting or self._at or self._tasks or self.ended): self._work.wait()
-            began = time.perf_counter()
-            try: self._turn()
-            except Exception as e: self._broken(e)
-            self.stats.seconds += time.perf_counter() - began
+        with _traced(trace) as tick:
+            while not self.ended: self._once(); tick()
+        self._end()
+
+    def _once(self):
+        with self._work:
+            while not (self._waiting or self._at or self._tasks or self.ended): self._work.wait()
+        began = time.perf_counter()
+        try: self._turn()
+        except Exception as e: self._broken(e)
+        self.stats.seconds += time.perf_counter() - began
+
+    def _end(self):
         with self._work: jobs = [*self._at.values(), *self._waiting]; self._at.clear(); self._waiting.clear()
         for job in jobs: job.tell(Piece('', finish='error', tokens=len(job.said)))
         while self._tasks: self._tasks.popleft()[1].set_exception(ServerError(self.ended))
@@ -302,7 +315,7 @@ class _Work:
         try: future.set_result(work())
         except Exception as e: future.set_exception(e)
 
-# %% ../../nbs/10_serving.engine.ipynb #f6d1f619
+# %% ../../nbs/10_serving.engine.ipynb #559c2296
 def _memory(device: torch.device) -> float: # Bytes that are free, inf if nobody can tell
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(ValueError, OSError, AttributeError):
@@ -321,6 +334,8 @@ class Engine(_Line, _Work):
         memory: float|None = None, # Bytes for keys and values; None takes up to 60 % of what is free
         budget: int = 256,       # Tokens of prompts that are read between two steps
         fused: bool = False,     # Change the model for speed, so that it is good for nothing else
+        trace: str|None = None,  # A file for the times of all operations in the first 200 turns, as chrome://tracing reads
+        **how,                   # What else `SlotModel` takes
     ):                           # Raises `ServerError` for a model that cannot be served here
         config = model.config.get_text_config()
         window = getattr(config, 'sliding_window', None) or max_context
@@ -334,7 +349,8 @@ class Engine(_Line, _Work):
         self.size, self.stats, self.words = min(slots, int(room//each)), Stats(), Words(model, tokenizer)
         self._waiting, self._at, self._tasks = deque(), {}, deque()
         self._work, self.ended, ready = threading.Condition(), None, Future()  # why the engine answers no more
-        self._thread = threading.Thread(target=self._run, args=[model, fused, ready], name='engine', daemon=True)
+        self._thread = threading.Thread(target=self._run, args=[model, fused, trace, how, ready], name='engine',
+                                        daemon=True)
         self._thread.start()
         self.slots = ready.result()
 

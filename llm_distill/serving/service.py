@@ -255,7 +255,7 @@ class _Vectors(_Reading):
         if body.encoding_format != 'base64': return {'logits': array.tolist(), 'shape': list(array.shape)}
         return {'logits': base64.b64encode(array.astype('<f4').tobytes()).decode(), 'shape': list(array.shape)}
 
-# %% ../../nbs/10_serving.service.ipynb #fd6a228c
+# %% ../../nbs/10_serving.service.ipynb #22c30657
 class Service(_Chats, _Completions, _Vectors):
     "All that a model can be asked."
     def __init__(
@@ -269,3 +269,7 @@ class Service(_Chats, _Completions, _Vectors):
         width = engine.slots.model.get_input_embeddings().weight.shape[1]
         self.limits = Limits(max_logprobs, vocabulary=engine.words.size, dimensions=width)
         self.constraints, self.started = Constraints(tokenizer, engine.words.size, engine.words.ends), time.time()
+
+    def close(self) -> None:
+        "End the engine."
+        self.engine.close()

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'grouped_attention', 'bytes_per_token', 'row_counts', 'SlotModel']
 
-# %% ../../nbs/10_serving.slots.ipynb #89ffbd1a
+# %% ../../nbs/10_serving.slots.ipynb #210bec78
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
-from ..types import ServerError
+from ..types import BadInput, ServerError
 
 # %% ../../nbs/10_serving.slots.ipynb #4bebaa03
 ATTENTION = 'llm_distill_slots'
@@ -41,7 +42,7 @@ def grouped_attention(
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../../nbs/10_serving.slots.ipynb #91bf93b3
+# %% ../../nbs/10_serving.slots.ipynb #f598f30c
 class _Places:
     "What the layers share: who is written where."
     def __init__(self, slots: int, capacity: int, device):
@@ -50,6 +51,11 @@ class _Places:
         self.position = torch.zeros(slots, dtype=torch.long, device=device) # where each slot writes next
         self.rows = torch.arange(slots, device=device)
         self.part, self.width = slice(0, slots), 0  # which slots a step computes, and how far it looks
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    "On a CPU by calloc: what nobody has written to takes no memory."
+    if like.device.type != 'cpu': return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1]*like.element_size()), np.uint8)).view(like.dtype)
 
 class _SlotLayer(CacheLayerMixin):
     "Keys and values of one layer, (slots, heads, capacity, head_dim)."
@@ -63,7 +69,7 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, keys, values, *args, **kwargs):
         p = self.places
         if self.keys is None:
-            self.keys, self.values = (x.new_zeros(p.slots, x.shape[1], p.capacity, x.shape[3]) for x in (keys, values))
+            self.keys, self.values = (_zeros((p.slots, x.shape[1], p.capacity, x.shape[3]), x) for x in (keys, values))
         if p.filling is not None:
             slot, start = p.filling
             stop = start + keys.shape[2]
@@ -99,7 +105,12 @@ def row_counts(
     sizes = [n for n in (1, 2, 4, 8, 16, 32) if n < most]
     return [n for n in sizes if all(_agree(m, n, most, like) for m in products.values())] + [most]
 
-# %% ../../nbs/10_serving.slots.ipynb #0d47ff36
+# %% ../../nbs/10_serving.slots.ipynb #e3b178f8
+def _compiled(model, mode: str, static: bool):
+    if mode not in torch._inductor.list_mode_options():
+        raise BadInput(f'torch_compile is one of {", ".join(torch._inductor.list_mode_options())}, not {mode!r}')
+    return torch.compile(model, mode=mode, dynamic=not static)
+
 class SlotModel:
     "A causal LM with slots: read one prompt, write in all."
     chunk = 128  # tokens of a prompt that are read together; prompts are cut at its multiples
@@ -109,6 +120,8 @@ class SlotModel:
         model,               # A causal LM
         slots: int,          # Texts at the same time
         capacity: int = 2048, # Tokens of each
+        compiled: str|None = None, # A mode of `torch.compile` for the steps; the first ones then take a minute
+        static: bool = False, # Steps look over the whole slot, so that all have the same shapes
     ):                       # Raises `ServerError` for models whose layers remember in other ways
         kinds = set(getattr(model.config, 'layer_types', None) or []) - {'full_attention', 'sliding_attention'}
         if kinds or not getattr(model, '_supports_attention_backend', False):
@@ -116,6 +129,7 @@ class SlotModel:
                               f'({", ".join(kinds) or "no interface for attention"})')
         self.model, self.device, self.capacity = model.eval(), model.device, -(-capacity//64)*64
         model.set_attn_implementation(ATTENTION)
+        self.static, self._stepping = static, model if compiled is None else _compiled(model, compiled, static)
         self.counts = row_counts(model, slots)
         slots = -(-slots//self.counts[-1])*self.counts[-1]
         # one place more than can be filled: whoever is at the end writes there while others go on
@@ -123,8 +137,8 @@ class SlotModel:
         self.cache = Cache(layers=[_SlotLayer(self.places) for _ in range(model.config.num_hidden_layers)])
         self.held = [[] for _ in range(slots)]  # token ids whose keys and values each slot holds
 
-    def _forward(self, ids, positions, mask, keep):
-        return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
+    def _forward(self, model, ids, positions, mask, keep):
+        return model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
                           use_cache=True, logits_to_keep=keep).logits.float()
 
     def read(
@@ -138,8 +152,8 @@ class SlotModel:
         p, places = self.places, torch.arange(start, stop, device=self.device)
         mask = torch.arange(stop, device=self.device)[None] <= places[:, None]
         p.filling, p.width = (slot, start), stop
-        try: logits = self._forward(torch.tensor([ids[start:stop]], device=self.device), places[None], mask[None, None],
-                                    0 if every else 1)[0]
+        tokens = torch.tensor([ids[start:stop]], device=self.device)
+        try: logits = self._forward(self.model, tokens, places[None], mask[None, None], 0 if every else 1)[0]
         finally: p.filling = None
         p.position[slot], self.held[slot] = stop, self.held[slot][:start] + ids[start:stop]
         return stop, logits
@@ -177,10 +191,10 @@ class SlotModel:
     def _rows(self, tokens, here, first) -> torch.Tensor: # (len(here), V)
         p, count = self.places, next(n for n in self.counts if n > max(here) - first)
         p.part, position = slice(first, first + count), p.position[first:first + count]
-        p.width = (int(p.position[here].max())//64 + 1)*64
+        p.width = self.capacity if self.static else (int(p.position[here].max())//64 + 1)*64
         ids = torch.tensor([[tokens.get(slot, 0)] for slot in range(first, first + count)], device=self.device)
         mask = torch.arange(p.width, device=self.device)[None] <= position[:, None]
-        logits = self._forward(ids, position[:, None], mask[:, None, None], 1)[:, -1]
+        logits = self._forward(self._stepping, ids, position[:, None], mask[:, None, None], 1)[:, -1]
         return logits[[slot - first for slot in here]]
 
     def wipe(self, slot: int) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vllm_command', 'vllm_environment', 'run_vllm']
 
-# %% ../../nbs/10_serving.vllm.ipynb #51db8b4c
+# %% ../../nbs/10_serving.vllm.ipynb #74d9d89a
 import ipaddress
 import json
 import os
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .process import _take_port
+from .process import take_port
 from ..types import BadInput, missing_package
 
 # %% ../../nbs/10_serving.vllm.ipynb #98762957
@@ -148,7 +148,7 @@ def _find_vllm() -> str:
     if not found: raise missing_package('--engine vllm', 'vllm')
     return found
 
-# %% ../../nbs/10_serving.vllm.ipynb #6a6d208d
+# %% ../../nbs/10_serving.vllm.ipynb #bdfa0799
 def _when_ready(child, host: str, port: int, on_ready: Callable) -> None:
     "Call back with the URL once it answers; it takes minutes for a big model."
     at = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
@@ -198,7 +198,7 @@ def run_vllm(
         from llm_distill.models import find_model
         model = find_model(model)
     words = vllm_command(model, host, port, gpus=gpus, **ours)
-    _take_port(host, port).close()  # or whoever answers there would be taken for ours
+    take_port(host, port).close()  # or whoever answers there would be taken for ours
     def started(child):
         if on_ready: threading.Thread(target=_when_ready, args=(child, host, port, on_ready), daemon=True).start()
     return _run([vllm, *words], environment, started)
