@@ -116,7 +116,7 @@ def gguf_folder(
     folder = cache_folder()/f'{gguf.stem}-{mark}'
     return folder if (folder/'config.json').exists() else convert_gguf(gguf, folder)
 
-# %% ../nbs/01a_models.ipynb #6f744518
+# %% ../nbs/01a_models.ipynb #26e95f5f
 def find_model(
     name: str|Path, # A folder (also of an adapter), a GGUF file, "smollm2", or a hub name to be had ("owner/name")
 ) -> str:           # What `from_pretrained` takes; raises `NoSuchModel` for a folder that is not there
@@ -131,7 +131,8 @@ def find_model(
     if folder.suffix == '.gguf' and folder.is_file(): return str(gguf_folder(folder))
     files = sorted(folder.glob('*.gguf')) if folder.is_dir() else []
     if len(files) == 1: return str(gguf_folder(files[0]))
-    if files: raise NoSuchModel(f'{name!r} holds several GGUF files; give one of them: {", ".join(f.name for f in files)}')
+    if files:
+        raise NoSuchModel(f'{name!r} holds several GGUF files; give one: {", ".join(f.name for f in files)}')
     if folder.exists():
         raise NoSuchModel(f'{name!r} holds no model (no config.json); give a folder made by save_pretrained')
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):

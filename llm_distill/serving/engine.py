@@ -112,7 +112,7 @@ class Job:
         except Exception: self.cancelled = True
         self.pieces = []
 
-# %% ../../nbs/10_serving.engine.ipynb #4bbc3cac
+# %% ../../nbs/10_serving.engine.ipynb #4caf02d5
 _log = logging.getLogger(__name__)
 
 class Words:
@@ -140,7 +140,7 @@ class Words:
         uniform = torch.cat([torch.rand(1, 1, generator=j.random) for j in jobs])
         chosen = pick(logits.nan_to_num(), [j.sampling for j in jobs], uniform).tolist()
         return [Piece('', finish='error', tokens=len(j.said)) if broken[i] else
-                self._piece(j, chosen[i], *reports.get(i, (None, None))) for i, j in enumerate(jobs)]
+                self.piece(j, chosen[i], *reports.get(i, (None, None))) for i, j in enumerate(jobs)]
 
     def _mask(self, jobs, logits, broken):
         for i, constraint in ((i, j.sampling.constraint) for i, j in enumerate(jobs)):
@@ -157,7 +157,13 @@ class Words:
         def top(n, k): return self.alternatives(ids[n, :k], values[n, :k])
         return {i: (logprobs[n], top(n, jobs[i].sampling.top_logprobs)) for n, i in enumerate(rows)}
 
-    def _piece(self, job, token, logprobs, top) -> Piece:
+    def piece(
+        self, job: Job,
+        token: int,    # The next one
+        logprobs: torch.Tensor|None = None, # (V,), natural logs
+        top: list[Alternative]|None = None, # What else it might have been
+    ) -> Piece:
+        "What a token adds to an answer."
         rules, n = job.sampling, len(job.said) + 1
         job.said.append(token)
         if rules.constraint is not None:
@@ -315,7 +321,7 @@ class _Work:
         try: future.set_result(work())
         except Exception as e: future.set_exception(e)
 
-# %% ../../nbs/10_serving.engine.ipynb #559c2296
+# %% ../../nbs/10_serving.engine.ipynb #995c2781
 def _memory(device: torch.device) -> float: # Bytes that are free, inf if nobody can tell
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(ValueError, OSError, AttributeError):
@@ -334,7 +340,7 @@ class Engine(_Line, _Work):
         memory: float|None = None, # Bytes for keys and values; None takes up to 60 % of what is free
         budget: int = 256,       # Tokens of prompts that are read between two steps
         fused: bool = False,     # Change the model for speed, so that it is good for nothing else
-        trace: str|None = None,  # A file for the times of all operations in the first 200 turns, as chrome://tracing reads
+        trace: str|None = None,  # A file for the first 200 turns, operation by operation (chrome://tracing)
         **how,                   # What else `SlotModel` takes
     ):                           # Raises `ServerError` for a model that cannot be served here
         config = model.config.get_text_config()
@@ -377,7 +383,8 @@ class Engine(_Line, _Work):
             self._work.notify()
         return job
 
-    def _full(self) -> str: return f'{len(self._waiting)} requests are waiting already; try again later'
+    def _full(self) -> str:
+        return f'{len(self._waiting) + len(self._tasks)} requests are waiting already; try again later'
 
     def wait(self) -> float: # Seconds
         "How long the line will take, by what was answered so far."
@@ -391,6 +398,7 @@ class Engine(_Line, _Work):
         future = Future()
         with self._work:
             if self.ended: raise ServerError(self.ended)
+            if len(self._tasks) >= self.queue: self.stats.refused += 1; raise ServerBusy(self._full(), self.wait())
             self._tasks.append((work, future))
             self._work.notify()
         return future

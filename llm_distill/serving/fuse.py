@@ -74,7 +74,7 @@ def replace_modules(
             made = make(child)
             if made is not None: setattr(module, name, made)
 
-# %% ../../nbs/10_serving.fuse.ipynb #dff8c569
+# %% ../../nbs/10_serving.fuse.ipynb #8b068896
 class Packed(nn.Module):
     "A linear layer whose weight lies in the order in which this CPU reads it."
     def __init__(self, linear: nn.Linear):
@@ -86,7 +86,8 @@ class Packed(nn.Module):
     def forward(self, x): return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 def _packed(module: nn.Module) -> Packed|None:
-    if type(module) is not nn.Linear or module.weight.device.type != 'cpu' or module.weight.dtype != torch.bfloat16: return
+    if type(module) is not nn.Linear or module.weight.device.type != 'cpu': return
+    if module.weight.dtype != torch.bfloat16: return
     try: made = Packed(module)
     except (RuntimeError, AttributeError): return  # a torch without oneDNN
     x = torch.randn(3, module.in_features).to(torch.bfloat16)

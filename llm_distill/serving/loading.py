@@ -20,8 +20,9 @@ from .quantize import bitsandbytes_config, quantize_for_cpu
 from .service import Service
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.loading.ipynb #28739fc0
-ALPACA = ('Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
+# %% ../../nbs/10_serving.loading.ipynb #1bb429b5
+ALPACA = ('Below is an instruction that describes a task. '
+          'Write a response that appropriately completes the request.\n\n'
           '### Instruction:\n{instruction}\n\n### Response:\n')
 
 def chat_template(

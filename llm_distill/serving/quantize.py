@@ -31,7 +31,7 @@ class Int8Linear(nn.Module):
                                                torch.float32, 'none', [], '').mul_(r).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
-# %% ../../nbs/10_serving.quantize.ipynb #eacb4edc
+# %% ../../nbs/10_serving.quantize.ipynb #f444e7c0
 def quantize_for_cpu(
     model,  # A causal LM on a CPU; changed in place
 ) -> None:
@@ -40,8 +40,8 @@ def quantize_for_cpu(
         raise BadInput('int8 needs a PyTorch built with oneDNN; leave --quantize out')
     replace_modules(model, lambda m: Int8Linear(m) if type(m) is nn.Linear else None)
 
-def bitsandbytes_config(bits: str): # "int8" or "int4", for `from_pretrained`; raises ImportError with the install command
-    "Weights in 8 or 4 bits by bitsandbytes."
+def bitsandbytes_config(bits: str): # "int8" or "int4"; raises ImportError with the install command
+    "What `from_pretrained` takes for weights in 8 or 4 bits by bitsandbytes."
     from importlib.util import find_spec
     if find_spec('bitsandbytes') is None: raise missing_package(f'--quantize {bits} here', 'bitsandbytes')
     from transformers import BitsAndBytesConfig

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Draft', 'refusal', 'GenerateRequest', 'LogitsRequest', 'Service']
 
-# %% ../../nbs/10_serving.service.ipynb #b06c777f
+# %% ../../nbs/10_serving.service.ipynb #7a12386f
 import asyncio
 import base64
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from ..models import encode_chat
+from .beams import beam_search
 from .constrain import Constraints
 from .engine import Piece
 from .protocol import (ChatRequest, CompletionRequest, EmbeddingRequest, Limits, Refused,
@@ -64,7 +66,7 @@ class Draft:
         async for i, piece in self: answers[i].append(piece)
         return answers
 
-# %% ../../nbs/10_serving.service.ipynb #830d51d1
+# %% ../../nbs/10_serving.service.ipynb #600e8115
 _USUAL = 512  # tokens of an answer where nobody says
 
 def refusal(
@@ -108,13 +110,33 @@ class _Reading:
         except BadInput as e: raise _named(e, 'messages') from e
         return ids, choice, matchers
 
+    async def _answers(self, body, asked: list[tuple[list[int], Sampling]]) -> list[list[Piece]]: # Of each answer
+        "Drawn, all at the same time, or searched, one prompt after the other."
+        if (body.num_beams or 1) == 1: return await Draft(self.engine, asked, False).whole()
+        prompts = asked[::body.draws]
+        return [answer for ids, sampling in prompts for answer in await self._search(body, ids, sampling)]
+
+    async def _search(self, body, ids, sampling) -> list[list[Piece]]:
+        beside = {'logprobs': sampling.top_logprobs is not None, 'prompt_logprobs': sampling.prompt_logprobs is not None,
+                  'response_format': sampling.constraint, 'logit_bias': sampling.logit_bias,
+                  'presence_penalty': sampling.presence_penalty, 'frequency_penalty': sampling.frequency_penalty}
+        for name, asked in beside.items():
+            if asked: raise refusal(f"{name}: not together with 'num_beams'; leave one of the two out", name)
+        engine, gone = self.engine, threading.Event()
+        def work():
+            return beam_search(engine.slots.model, engine.words, ids, sampling, body.num_beams, body.draws, gone)
+        try: return await self._alone(work)
+        finally: gone.set()
+
+    async def _alone(self, work: Callable): return await asyncio.wrap_future(self.engine.alone(work))
+
     def ids(self, text: str|list[int]) -> list[int]: # At least one
         "A prompt's tokens; an empty one begins where texts begin."
         if not isinstance(text, str): return text
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         return self.tokenizer(text)['input_ids'] or [begin]
 
-# %% ../../nbs/10_serving.service.ipynb #7becad47
+# %% ../../nbs/10_serving.service.ipynb #5698c563
 class _Chats(_Reading):
     "`POST /v1/chat/completions`."
     async def chat(self, body: ChatRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -125,10 +147,9 @@ class _Chats(_Reading):
         self._fits(ids, asked[0], 'messages')
         asked = [asked[0], *(replace(s, prompt_logprobs=None) for s in asked[1:])]
         reply = ChatReply(self.name, len(ids), body.top, body.include_usage)
-        draft = Draft(self.engine, [(ids, s) for s in asked], bool(body.stream))
         names = choice.allowed if choice.functions else []
-        if body.stream: return self._stream_chat(draft, reply, names)
-        answers = await draft.whole()
+        if body.stream: return self._stream_chat(Draft(self.engine, [(ids, s) for s in asked], True), reply, names)
+        answers = await self._answers(body, [(ids, s) for s in asked])
         said = [parse_calls(_text(pieces), names) for pieces in answers] if names else None
         return reply.whole(answers, said, answers[0][0].prompt)
 
@@ -149,7 +170,7 @@ def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 def _deltas(parser: CallParser, piece: Piece) -> list[dict]:
     return parser.feed(piece.text) + (parser.finish() if piece.finish else [])
 
-# %% ../../nbs/10_serving.service.ipynb #a21b6ff7
+# %% ../../nbs/10_serving.service.ipynb #5454816e
 class _Completions(_Reading):
     "`POST /v1/completions`."
     async def complete(self, body: CompletionRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -165,9 +186,8 @@ class _Completions(_Reading):
                 asked.append((ids, sampling if i == 0 else replace(sampling, prompt_logprobs=None)))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in body.prompt]
         reply = TextReply(self.name, sum(map(len, prompts)), body.logprobs, body.include_usage, echo=bool(body.echo))
-        draft = Draft(self.engine, asked, bool(body.stream))
-        if body.stream: return self._stream_text(draft, reply, texts, body.draws)
-        return self._text(await draft.whole(), reply, texts, body)
+        if body.stream: return self._stream_text(Draft(self.engine, asked, True), reply, texts, body.draws)
+        return self._text(await self._answers(body, asked), reply, texts, body)
 
     def _text(self, answers, reply, texts, body) -> dict:
         n, kept, rows, tokens = body.n or 1, [], [], sum(pieces[-1].tokens for pieces in answers)
@@ -192,7 +212,7 @@ class _Completions(_Reading):
             if reply.include_usage: yield reply.closing(sum(tokens.values()))
         finally: draft.cancel()
 
-# %% ../../nbs/10_serving.service.ipynb #93cf28c0
+# %% ../../nbs/10_serving.service.ipynb #e0e48907
 class GenerateRequest(Form):
     "The body of `POST /generate`."
     input: str
@@ -233,9 +253,6 @@ class _Vectors(_Reading):
         vectors = np.stack([out[i] for i in range(len(texts))])
         return embeddings_reply(self.name, vectors, sum(map(len, texts)), body.encoding_format, body.dimensions)
 
-    async def _alone(self, work: Callable):
-        return await asyncio.wrap_future(self.engine.alone(work))
-
     async def generate(self, body: GenerateRequest) -> dict:
         "A text for a text, as one message of a user; raises `Refused`, `ServerBusy` or `ServerError`."
         ids = encode_chat(self.tokenizer, [{'role': 'user', 'content': body.input}])
@@ -255,7 +272,7 @@ class _Vectors(_Reading):
         if body.encoding_format != 'base64': return {'logits': array.tolist(), 'shape': list(array.shape)}
         return {'logits': base64.b64encode(array.astype('<f4').tobytes()).decode(), 'shape': list(array.shape)}
 
-# %% ../../nbs/10_serving.service.ipynb #22c30657
+# %% ../../nbs/10_serving.service.ipynb #e22f0ccb
 class Service(_Chats, _Completions, _Vectors):
     "All that a model can be asked."
     def __init__(
@@ -267,7 +284,7 @@ class Service(_Chats, _Completions, _Vectors):
     ):
         self.engine, self.tokenizer, self.name, self.names = engine, tokenizer, name, {name}
         width = engine.slots.model.get_input_embeddings().weight.shape[1]
-        self.limits = Limits(max_logprobs, vocabulary=engine.words.size, dimensions=width)
+        self.limits = Limits(max_logprobs, max_beams=8, vocabulary=engine.words.size, dimensions=width)
         self.constraints, self.started = Constraints(tokenizer, engine.words.size, engine.words.ends), time.time()
 
     def close(self) -> None:
