@@ -228,7 +228,7 @@ def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
-# %% ../../nbs/10_serving.engine.ipynb #70ad1207
+# %% ../../nbs/10_serving.engine.ipynb #93aa6ec3
 @contextmanager
 def _traced(file: str|None): # To be called after each turn
     if file is None: yield lambda: None; return
@@ -272,20 +272,38 @@ class _Work:
 
     def _read(self):
         room = self.budget
-        for slot, job in list(self._at.items()):
-            while slot in self._at and job.read < len(job.prompt) and room > 0:
-                start = job.read
-                try: job.read, logits = self.slots.read(slot, job.prompt, start, job.rows is not None)
-                except Exception as e: self._fail(slot, e); break
-                room -= job.read - start
-                self.stats.prompt_tokens += job.read - start
-                if job.rows: self.words.prompt(job, start, logits)
-                if job.read == len(job.prompt): self._begin(slot, job, logits[-1:])
+        while room > 0 and (some := self._alike()): room -= self._read_piece(some)
 
-    def _begin(self, slot, job, logits):
-        if job.sampling.max_tokens: return self._advance({slot: job}, logits)
-        job.tell(Piece('', finish='length', prompt=job.rows))
-        self._leave(slot)
+    def _alike(self) -> dict[int, Job]:
+        "Who has a prompt to read, and others whose next pieces have the same shape."
+        unread = {slot: job for slot, job in self._at.items() if job.read < len(job.prompt)}
+        if not unread: return {}
+        def shape(job): return job.read, self.slots.piece(job.prompt, job.read)[1]
+        first = next(iter(unread.values()))
+        alike = [slot for slot, job in unread.items() if shape(job) == shape(first) and (job is first or not job.rows)]
+        numbers = [n for n in self.slots.together[shape(first)[1]] if n <= (1 if first.rows else len(alike))]
+        return {slot: unread[slot] for slot in alike[:numbers[-1]]}
+
+    def _read_piece(self, some: dict[int, Job]) -> int: # Tokens that were read
+        jobs, start = [*some.values()], next(iter(some.values())).read
+        try: ends, logits = self.slots.read([*some], [j.prompt for j in jobs], start, bool(jobs[0].rows))
+        except Exception as e:
+            if len(some) > 1: return sum(self._read_piece({slot: job}) for slot, job in some.items())
+            self._fail(*some, e)
+            return 0
+        for job, end in zip(jobs, ends): job.read = end
+        if jobs[0].rows: self.words.prompt(jobs[0], start, logits); logits = logits[-1:]
+        self.stats.prompt_tokens += sum(ends) - start*len(ends)
+        self._begin({slot: job for slot, job in some.items() if job.read == len(job.prompt)},
+                    logits[[job.read == len(job.prompt) for job in jobs]])
+        return sum(ends) - start*len(ends)
+
+    def _begin(self, some: dict[int, Job], logits: torch.Tensor):
+        "The first tokens of answers, or their ends where none was asked for."
+        asked = [bool(job.sampling.max_tokens) for job in some.values()]
+        for slot, job in some.items():
+            if not job.sampling.max_tokens: self._leave(slot); job.tell(Piece('', finish='length', prompt=job.rows))
+        if any(asked): self._advance({slot: j for slot, j in some.items() if j.sampling.max_tokens}, logits[asked])
 
     def _write(self, writing: dict[int, Job]):
         try: logits = self.slots.step({slot: job.said[-1] for slot, job in writing.items()})

@@ -66,7 +66,7 @@ class Draft:
         async for i, piece in self: answers[i].append(piece)
         return answers
 
-# %% ../../nbs/10_serving.service.ipynb #600e8115
+# %% ../../nbs/10_serving.service.ipynb #8cad8cbd
 _USUAL = 512  # tokens of an answer where nobody says
 
 def refusal(
@@ -117,7 +117,8 @@ class _Reading:
         return [answer for ids, sampling in prompts for answer in await self._search(body, ids, sampling)]
 
     async def _search(self, body, ids, sampling) -> list[list[Piece]]:
-        beside = {'logprobs': sampling.top_logprobs is not None, 'prompt_logprobs': sampling.prompt_logprobs is not None,
+        beside = {'logprobs': sampling.top_logprobs is not None,
+                  'prompt_logprobs': sampling.prompt_logprobs is not None,
                   'response_format': sampling.constraint, 'logit_bias': sampling.logit_bias,
                   'presence_penalty': sampling.presence_penalty, 'frequency_penalty': sampling.frequency_penalty}
         for name, asked in beside.items():
