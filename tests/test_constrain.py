@@ -116,6 +116,18 @@ def test_random_logits_write_what_the_schema_says(name, babbler):
     assert len(finished) >= 6, said
 
 
+def test_spaces_come_to_an_end(babbler):
+    "Small models write them for ever: one, or a line break with its indentation, is all there is."
+    tokenizer, blank = load_tokenizer('smollm2'), {t: i for i, t in enumerate(babbler.tokens) if not t.strip(b' ')}
+    def open_after(text):
+        matcher = babbler.constraints.json_schema(obj(a=INTEGER))
+        for token in tokenizer(text)['input_ids']: matcher.accept(token)
+        mask = matcher.mask()
+        return {t for t, i in blank.items() if t and mask[i]}
+    assert open_after('{"a":') == {b' '} and not open_after('{"a": ') and b'    ' in open_after('{\n') <= {*blank}
+    assert not open_after('{\n' + ' '*20)
+
+
 class Colour(enum.Enum):
     red, blue = 'red', 'blue'
 
