@@ -49,7 +49,7 @@ class Product(BaseModel):
     digits: list[Literal[1, 4, 8]] = Field(min_length=2, max_length=2)
 
 
-# -- the official SDK: what is plain is in test_serving.py ---------------------------------------------------------------
+# -- the official SDK: what is plain is in test_serving.py -------------------------------------------------------------
 
 def test_openai_in_a_crowd_and_streaming(server, client, name):
     ask = dict(model=name, messages=messages(WHY), max_tokens=60, temperature=0, stop='.')  # the helper wants an end
@@ -128,6 +128,12 @@ def test_openai_embeddings(client, name):
     assert packed.shape == (2, 576) and np.array_equal(packed, embed(texts, encoding_format='float'))
     assert np.allclose(packed, embed(ids), rtol=1e-4, atol=1e-4)
     assert np.allclose(packed[:1], embed('rain'), rtol=1e-4, atol=1e-4) and embed('rain', dimensions=8).shape == (1, 8)
+    long = load_tokenizer('smollm2')('<|im_start|>It rains; \n\n naïve 日本 🙂 mountaineers, unbelievably, do not care! '*2)
+    ids = long['input_ids']
+    for own in (ids, ids[1:-1], ids[3:-2], ids[5:]): assert embed([own]).shape == (1, 576)  # wherever a client cuts
+    with pytest.raises(openai.BadRequestError, match='check_embedding_ctx_length=False') as foreign:
+        embed([ids, [i + 1 for i in ids]])  # some other tokenizer's
+    assert foreign.value.param == 'input[1]'
 
 
 def test_openai_errors(client, name):
@@ -142,7 +148,7 @@ def test_openai_errors(client, name):
         client.chat.completions.parse(**ask, max_tokens=2, response_format=Product)
 
 
-# -- curl ----------------------------------------------------------------------------------------------------------------
+# -- curl --------------------------------------------------------------------------------------------------------------
 
 def curl(*words) -> tuple[int, str]:
     "Status and body."
@@ -184,7 +190,7 @@ def test_curl_is_told_what_is_wrong(server, words, status, param):
     assert error.keys() == {'message', 'type', 'param', 'code'}
 
 
-# -- LangChain -----------------------------------------------------------------------------------------------------------
+# -- LangChain ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def langchain(server, name):
@@ -271,7 +277,7 @@ def test_langchain_embeds_with_the_ids_of_another_model(langchain, monkeypatch):
         ids_from(1000).embed_query('It rains in the mountains, and nobody is there.')
 
 
-# -- instructor ----------------------------------------------------------------------------------------------------------
+# -- instructor --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mode', ['TOOLS', 'JSON', 'JSON_SCHEMA', 'PARALLEL_TOOLS'])
@@ -294,7 +300,7 @@ def test_instructor(client, name, mode):
         assert parts[-1].model_dump() == found.model_dump()
 
 
-# -- simonw's llm --------------------------------------------------------------------------------------------------------
+# -- simonw's llm ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def llm(server, name, tmp_path):
@@ -305,7 +311,8 @@ def llm(server, name, tmp_path):
          'supports_tools': True}]))
     def run(*words, **env):
         env = os.environ | {'LLM_USER_PATH': str(tmp_path), 'OPENAI_API_KEY': 'none'} | env
-        done = subprocess.run([sys.executable, '-m', 'llm', *words], capture_output=True, text=True, timeout=300, env=env)
+        done = subprocess.run([sys.executable, '-m', 'llm', *words], capture_output=True, text=True, timeout=300,
+                              env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
     return run
@@ -334,7 +341,7 @@ def test_llm_embeds(llm, client, name):
     assert np.allclose(json.loads(found), expected, rtol=1e-4, atol=1e-4)
 
 
-# -- lm-eval -------------------------------------------------------------------------------------------------------------
+# -- lm-eval -----------------------------------------------------------------------------------------------------------
 
 FACTS = [('The capital of France is', ['Paris', 'Berlin', 'Rome', 'a river'], 0),
          ('Water freezes at zero degrees', ['Celsius', 'of freedom', 'Kelvin', 'north'], 0),
@@ -374,7 +381,8 @@ def evaluate(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path/'cache'))
     file = tmp_path/'facts.jsonl'
     file.write_text('\n'.join(json.dumps({'question': q, 'choices': c, 'label': n}) for q, c, n in FACTS) + '\n')
-    for task in (CHOICE, WRITING): (tmp_path/f'{task.split()[1]}.yaml').write_text(task.format(file=json.dumps(str(file))))
+    for task in (CHOICE, WRITING):
+        (tmp_path/f'{task.split()[1]}.yaml').write_text(task.format(file=json.dumps(str(file))))
     def run(model, **args):
         found = lm_eval.simple_evaluate(model=model, model_args=args, tasks=['facts', 'writing'], log_samples=True,
                                         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),

@@ -409,6 +409,24 @@ def test_text_is_not_kept_back_longer_than_needed():
     assert parser.feed('": 1') == [{'tool_calls': [{'index': 0, 'function': {'arguments': '": 1'}}]}]
 
 
+TWO = [hermes('f', '{"a": 1}') + 'Then\n' + hermes('get_weather', '{}'),
+       call('f', '{"a": 1}', 'parameters') + '; ' + call('get_weather', '{}', 'parameters'),
+       f"""[TOOL_CALLS] [{call('f', '{"a": 1}')}, {call('get_weather', '{}')}]"""]
+
+
+@pytest.mark.parametrize('text', TWO)
+def test_no_second_call_where_none_is_wanted(text):
+    single, several = (choose_tools(TOOLS, 'auto', parallel).single for parallel in (False, None))
+    assert (single, several) == (True, False) and len(parse_calls(text, NAMES)['tool_calls']) == 2
+    whole = parse_calls(text, NAMES, single)
+    assert [c['function'] for c in whole['tool_calls']] == [{'name': 'f', 'arguments': '{"a": 1}'}]
+    assert whole['content'] is None
+    parser = CallParser(NAMES, single)
+    for c in text: parser.feed(c)
+    parser.finish()
+    assert (parser.content, [c['function'] for c in parser.calls]) == ('', [c['function'] for c in whole['tool_calls']])
+
+
 TOOLS_FIRST = "{% for t in tools or [] %}{{ t | tojson }}{{ '\n' }}{% endfor %}"
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}CALLS{{ '\n' }}{% endfor %}assistant: "
 CALLS = {
