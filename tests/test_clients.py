@@ -2,7 +2,7 @@
 
 The official SDK and curl run in the usual tests. The others come with the extra `bench`; all of them together:
 
-    pip install -e '.[bench]' && pytest -m 'slow or not slow' tests/test_clients.py
+    pip install -e '.[dev,bench]' && pytest -m 'slow or not slow' tests/test_clients.py
 """
 import asyncio
 import json
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from llm_distill import serve
 from llm_distill.models import find_model, load_tokenizer
 
 WHY, TIMES = 'Why is the sky blue?', 'What is 12 times 7?'
+COPY = 'Say this again, and nothing else: {"even": true, "kind": "small", "digits": [8, 4]}'
 FIXED = {'max_tokens': 12, 'temperature': 0}
 
 
@@ -128,7 +130,7 @@ def test_openai_embeddings(client, name):
     assert packed.shape == (2, 576) and np.array_equal(packed, embed(texts, encoding_format='float'))
     assert np.allclose(packed, embed(ids), rtol=1e-4, atol=1e-4)
     assert np.allclose(packed[:1], embed('rain'), rtol=1e-4, atol=1e-4) and embed('rain', dimensions=8).shape == (1, 8)
-    long = load_tokenizer('smollm2')('<|im_start|>It rains; \n\n naïve 日本 🙂 mountaineers, unbelievably, do not care! '*2)
+    long = load_tokenizer('smollm2')('<|im_start|>Rain; \n\n naïve 日本 🙂 mountaineers, unbelievably, do not care! '*2)
     ids = long['input_ids']
     for own in (ids, ids[1:-1], ids[3:-2], ids[5:]): assert embed([own]).shape == (1, 576)  # wherever a client cuts
     with pytest.raises(openai.BadRequestError, match='check_embedding_ctx_length=False') as foreign:
@@ -222,9 +224,8 @@ def test_langchain_structures(langchain, method):
     module, there = langchain
     chat = module.ChatOpenAI(**there, max_tokens=150, temperature=0)
     form = chat.with_structured_output(Product, method=method, include_raw=True)
-    found = form.invoke(f'{TIMES} Answer in JSON with the keys even, kind and digits.')
-    if method == 'json_mode': json.loads(found['raw'].content)  # an object, of whatever form
-    else: assert isinstance(found['parsed'], Product)
+    found = form.invoke(COPY if method == 'json_mode' else TIMES)
+    assert isinstance(json.loads(found['raw'].content), dict) if method == 'json_mode' else found['parsed'].kind
 
 
 @pytest.mark.slow
@@ -283,21 +284,17 @@ def test_langchain_embeds_with_the_ids_of_another_model(langchain, monkeypatch):
 @pytest.mark.parametrize('mode', ['TOOLS', 'JSON', 'JSON_SCHEMA', 'PARALLEL_TOOLS'])
 def test_instructor(client, name, mode):
     instructor = pytest.importorskip('instructor', reason='needs the extra "bench"')
+    from instructor.exceptions import InstructorRetryException
     patched = instructor.from_openai(client, mode=getattr(instructor.Mode, mode))
-    ask = dict(model=name, messages=messages(TIMES), max_tokens=200, temperature=0, max_retries=0)
-    if mode == 'PARALLEL_TOOLS': # calls or not, as the model likes: what matters is that nothing is refused
-        from collections.abc import Iterable
-        try: list(patched.chat.completions.create(**ask, response_model=Iterable[Product]))
-        except (TypeError, instructor.core.InstructorRetryException) as e: assert 'Error code' not in str(e)
+    ask = dict(model=name, max_tokens=150, temperature=0, max_retries=0)
+    if mode in ('JSON', 'PARALLEL_TOOLS'):  # what the model says is up to it, and this one is small
+        model = Product if mode == 'JSON' else Iterable[Product]
+        try: assert list(patched.chat.completions.create(**ask, messages=messages(COPY), response_model=model))
+        except InstructorRetryException as e: assert 'Error code' not in str(e)  # our server refused nothing
         return
-    if mode == 'JSON':  # any object is allowed; whether it fits is up to the model, and this one is small
-        try: found = patched.chat.completions.create(**ask, response_model=Product)
-        except instructor.core.InstructorRetryException as e: assert 'validation error' in str(e); return
-    else: found = patched.chat.completions.create(**ask, response_model=Product)
-    assert isinstance(found, Product)
-    if mode != 'JSON':
-        parts = list(patched.chat.completions.create_partial(**ask, response_model=Product))
-        assert parts[-1].model_dump() == found.model_dump()
+    found = patched.chat.completions.create(**ask, messages=messages(TIMES), response_model=Product)
+    parts = list(patched.chat.completions.create_partial(**ask, messages=messages(TIMES), response_model=Product))
+    assert isinstance(found, Product) and parts[-1].model_dump() == found.model_dump()
 
 
 # -- simonw's llm ------------------------------------------------------------------------------------------------------
@@ -383,8 +380,8 @@ def evaluate(tmp_path, monkeypatch):
     file.write_text('\n'.join(json.dumps({'question': q, 'choices': c, 'label': n}) for q, c, n in FACTS) + '\n')
     for task in (CHOICE, WRITING):
         (tmp_path/f'{task.split()[1]}.yaml').write_text(task.format(file=json.dumps(str(file))))
-    def run(model, **args):
-        found = lm_eval.simple_evaluate(model=model, model_args=args, tasks=['facts', 'writing'], log_samples=True,
+    def run(backend, **args):
+        found = lm_eval.simple_evaluate(model=backend, model_args=args, tasks=['facts', 'writing'], log_samples=True,
                                         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
                                         bootstrap_iters=0)
         answers = {task: [s['filtered_resps'] for s in sorted(rows, key=lambda s: s['doc_id'])]
