@@ -34,7 +34,7 @@ def server():
 
 @pytest.fixture(scope='module')
 def client(server):
-    with openai.OpenAI(base_url=server.url, api_key='none', max_retries=0, timeout=120) as client: yield client
+    with openai.OpenAI(base_url=server.url, api_key='none', max_retries=0, timeout=600) as client: yield client
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +61,7 @@ def test_openai_in_a_crowd_and_streaming(server, client, name):
         return ''.join(c.choices[0].delta.content or '' for c in chunks)
     async def whole(them): return (await them.chat.completions.create(**ask)).choices[0].message.content
     async def everything():
-        async with openai.AsyncOpenAI(base_url=server.url, api_key='none', max_retries=0, timeout=120) as them:
+        async with openai.AsyncOpenAI(base_url=server.url, api_key='none', max_retries=0, timeout=600) as them:
             async with them.chat.completions.stream(**ask) as stream: final = await stream.get_final_completion()
             said = await asyncio.gather(*[streamed(them), whole(them)]*3)
             models = [m.id async for m in them.models.list()]
@@ -155,7 +155,7 @@ def test_openai_errors(client, name):
 def curl(*words) -> tuple[int, str]:
     "Status and body."
     if not shutil.which('curl'): pytest.skip('needs curl')
-    done = subprocess.run(['curl', '-sS', '-w', '\n%{http_code}', *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(['curl', '-sS', '-w', '\n%{http_code}', *words], capture_output=True, text=True, timeout=600)
     body, status = done.stdout.rsplit('\n', 1)
     assert done.returncode == 0, done.stderr
     return int(status), body
@@ -308,7 +308,7 @@ def llm(server, name, tmp_path):
          'supports_tools': True}]))
     def run(*words, **env):
         env = os.environ | {'LLM_USER_PATH': str(tmp_path), 'OPENAI_API_KEY': 'none'} | env
-        done = subprocess.run([sys.executable, '-m', 'llm', *words], capture_output=True, text=True, timeout=300,
+        done = subprocess.run([sys.executable, '-m', 'llm', *words], capture_output=True, text=True, timeout=600,
                               env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
