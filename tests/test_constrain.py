@@ -116,6 +116,18 @@ def test_random_logits_write_what_the_schema_says(name, babbler):
     assert len(finished) >= 6, said
 
 
+def test_spaces_come_to_an_end(babbler):
+    "Small models write them for ever: one, or a line break with its indentation, is all there is."
+    tokenizer, blank = load_tokenizer('smollm2'), {t: i for i, t in enumerate(babbler.tokens) if not t.strip(b' ')}
+    def open_after(text):
+        matcher = babbler.constraints.json_schema(obj(a=INTEGER))
+        for token in tokenizer(text)['input_ids']: matcher.accept(token)
+        mask = matcher.mask()
+        return {t for t, i in blank.items() if t and mask[i]}
+    assert open_after('{"a":') == {b' '} and not open_after('{"a": ') and b'    ' in open_after('{\n') <= {*blank}
+    assert not open_after('{\n' + ' '*20)
+
+
 class Colour(enum.Enum):
     red, blue = 'red', 'blue'
 
@@ -395,6 +407,24 @@ def test_text_is_not_kept_back_longer_than_needed():
     assert first['tool_calls'][0]['function'] == {'name': 'f', 'arguments': ''}
     assert then == {'tool_calls': [{'index': 0, 'function': {'arguments': '{"a'}}]}
     assert parser.feed('": 1') == [{'tool_calls': [{'index': 0, 'function': {'arguments': '": 1'}}]}]
+
+
+TWO = [hermes('f', '{"a": 1}') + 'Then\n' + hermes('get_weather', '{}'),
+       call('f', '{"a": 1}', 'parameters') + '; ' + call('get_weather', '{}', 'parameters'),
+       f"""[TOOL_CALLS] [{call('f', '{"a": 1}')}, {call('get_weather', '{}')}]"""]
+
+
+@pytest.mark.parametrize('text', TWO)
+def test_no_second_call_where_none_is_wanted(text):
+    single, several = (choose_tools(TOOLS, 'auto', parallel).single for parallel in (False, None))
+    assert (single, several) == (True, False) and len(parse_calls(text, NAMES)['tool_calls']) == 2
+    whole = parse_calls(text, NAMES, single)
+    assert [c['function'] for c in whole['tool_calls']] == [{'name': 'f', 'arguments': '{"a": 1}'}]
+    assert whole['content'] is None
+    parser = CallParser(NAMES, single)
+    for c in text: parser.feed(c)
+    parser.finish()
+    assert (parser.content, [c['function'] for c in parser.calls]) == ('', [c['function'] for c in whole['tool_calls']])
 
 
 TOOLS_FIRST = "{% for t in tools or [] %}{{ t | tojson }}{{ '\n' }}{% endfor %}"

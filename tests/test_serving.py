@@ -157,6 +157,19 @@ def test_the_sdk_parses(client, name):
     assert json.loads(called.message.tool_calls[0].function.arguments).keys() == {'deep'}
 
 
+def test_an_answer_of_a_given_form_is_no_call(client, name):
+    arguments = {'type': 'object', 'properties': {}, 'additionalProperties': False}
+    tool = {'type': 'function', 'function': {'name': 'look', 'parameters': arguments}}
+    form = {'type': 'object', 'properties': {'name': {'const': 'look'}, 'arguments': arguments},
+            'required': ['name', 'arguments'], 'additionalProperties': False}
+    ask = dict(model=name, messages=messages('Look.'), tools=[tool], max_tokens=60, temperature=0, response_format={
+        'type': 'json_schema', 'json_schema': {'name': 'looks', 'schema': form}})
+    whole = client.chat.completions.create(**ask).choices[0].message
+    parts = [c.choices[0].delta for c in client.chat.completions.create(**ask, stream=True)]
+    assert json.loads(whole.content) == {'name': 'look', 'arguments': {}} and whole.tool_calls is None
+    assert ''.join(d.content or '' for d in parts) == whole.content and not any(d.tool_calls for d in parts)
+
+
 def test_a_seed_says_the_same_in_any_company(client, name):
     def ask(seed): return client.chat.completions.create(model=name, messages=messages('Write a poem.'), max_tokens=10,
                                                          seed=seed).choices[0].message.content

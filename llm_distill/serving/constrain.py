@@ -95,8 +95,8 @@ def closed(
     if not _joins(schema): _close(schema)
     return schema
 
-# %% ../../nbs/10_serving.constrain.ipynb #fc3cba27
-_SPACE, _LARGEST_MULTIPLE = r'[ \n][ \t]{0,40}', 20_000
+# %% ../../nbs/10_serving.constrain.ipynb #40440185
+_SPACE, _LARGEST_MULTIPLE = r' |\n[ \t]{0,20}', 20_000
 
 def _divisors(node):
     "The digits of every multipleOf, anywhere."

@@ -112,7 +112,7 @@ class Job:
         except Exception: self.cancelled = True
         self.pieces = []
 
-# %% ../../nbs/10_serving.engine.ipynb #4caf02d5
+# %% ../../nbs/10_serving.engine.ipynb #5be5a4f0
 _log = logging.getLogger(__name__)
 
 class Words:
@@ -134,13 +134,16 @@ class Words:
         logits = logits[:, :self.size].cpu()  # rows that pad the vocabulary have no token
         broken, rows = logits.isnan().any(-1).tolist(), range(len(jobs))
         reports = self._reports([i for i in rows if jobs[i].sampling.top_logprobs is not None], jobs, logits)
-        if any(not j.sampling.plain for j in jobs):
-            penalise(logits, [j.sampling for j in jobs], [j.prompt for j in jobs], [j.said for j in jobs])
+        self._adjust(jobs, logits)
         self._mask(jobs, logits, broken)
         uniform = torch.cat([torch.rand(1, 1, generator=j.random) for j in jobs])
         chosen = pick(logits.nan_to_num(), [j.sampling for j in jobs], uniform).tolist()
         return [Piece('', finish='error', tokens=len(j.said)) if broken[i] else
                 self.piece(j, chosen[i], *reports.get(i, (None, None))) for i, j in enumerate(jobs)]
+
+    def _adjust(self, jobs, logits):
+        if any(not j.sampling.plain for j in jobs):
+            penalise(logits, [j.sampling for j in jobs], [j.prompt for j in jobs], [j.said for j in jobs])
 
     def _mask(self, jobs, logits, broken):
         for i, constraint in ((i, j.sampling.constraint) for i, j in enumerate(jobs)):
@@ -157,6 +160,8 @@ class Words:
         def top(n, k): return self.alternatives(ids[n, :k], values[n, :k])
         return {i: (logprobs[n], top(n, jobs[i].sampling.top_logprobs)) for n, i in enumerate(rows)}
 
+    def _shown(self, job, token) -> bytes: return self.bytes_of[token]
+
     def piece(
         self, job: Job,
         token: int,    # The next one
@@ -172,7 +177,7 @@ class Words:
         logprob = 0. if logprobs is None else float(logprobs[token])
         if token in self.ends and not rules.ignore_eos:
             return Piece(job.text.push(b'', True), token, b'', logprob, top, 'stop', n)
-        data, full = self.bytes_of[token], n >= rules.max_tokens
+        data, full = self._shown(job, token), n >= rules.max_tokens
         whole = rules.constraint is not None and rules.constraint.done
         text = job.text.push(b'' if token in self.hidden else data, full or whole)
         finish = 'stop' if job.text.stopped or whole else 'length' if full else None
@@ -228,7 +233,7 @@ def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
-# %% ../../nbs/10_serving.engine.ipynb #93aa6ec3
+# %% ../../nbs/10_serving.engine.ipynb #604d0a9b
 @contextmanager
 def _traced(file: str|None): # To be called after each turn
     if file is None: yield lambda: None; return
@@ -241,7 +246,7 @@ class _Work:
     @torch.inference_mode()
     def _run(self, model, fused: bool, trace: str|None, how: dict, ready: Future):
         # Also what is computed once: threads that multiply matrices elsewhere in the process halve the speed here
-        try: self.slots = SlotModel(fuse(model) if fused else model, self.size, self.max_context, **how)
+        try: self.slots = self._make_slots(model, fused, **how)
         except Exception as e: return ready.set_exception(e)
         ready.set_result(self.slots)
         with _traced(trace) as tick:
@@ -339,7 +344,7 @@ class _Work:
         try: future.set_result(work())
         except Exception as e: future.set_exception(e)
 
-# %% ../../nbs/10_serving.engine.ipynb #995c2781
+# %% ../../nbs/10_serving.engine.ipynb #c04c6ac5
 def _memory(device: torch.device) -> float: # Bytes that are free, inf if nobody can tell
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(ValueError, OSError, AttributeError):
@@ -377,6 +382,9 @@ class Engine(_Line, _Work):
                                         daemon=True)
         self._thread.start()
         self.slots = ready.result()
+
+    def _make_slots(self, model, fused, **how):
+        return SlotModel(fuse(model) if fused else model, self.size, self.max_context, **how)
 
     def submit(
         self,

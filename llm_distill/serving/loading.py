@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPACA', 'chat_template', 'serving_dtype', 'open_service']
 
-# %% ../../nbs/10_serving.loading.ipynb #16a3a178
+# %% ../../nbs/10_serving.loading.ipynb #26fbda16
 import copy
 import os
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 from ..device import choose
 from ..models import find_model, load_model, load_tokenizer, pick_device
+from . import seq2seq
 from .engine import Engine
 from .options import ServeOptions
 from .quantize import bitsandbytes_config, quantize_for_cpu
@@ -63,13 +64,35 @@ def _load(options: ServeOptions):
     tokenizer = load_tokenizer(options.tokenizer or place)
     return load_model(place, options.device, serving_dtype(options), options.lora, **_how(options)), tokenizer
 
-# %% ../../nbs/10_serving.loading.ipynb #cb134d8d
+# %% ../../nbs/10_serving.loading.ipynb #7f89f64d
+_DECODERS_ALONE = 'lora', 'prompt_template', 'quantize', 'torch_compile', 'static_cache', 'profile', 'gpus', 'tokenizer'
+
+def _open_other(module, options: ServeOptions, **more) -> Service:
+    for name in _DECODERS_ALONE:
+        if getattr(options, name):
+            raise BadInput(f'{name} is not there for {options.model!r}, which is no decoder; leave it out')
+    return module.open_service(options.model, options.device, serving_dtype(options), options.name,
+                               max_concurrent=options.max_concurrent, **more)
+
+def _open_speech(options: ServeOptions) -> Service:
+    from llm_distill.serving import speech
+    return _open_other(speech, options)
+
+def _open_seq2seq(options: ServeOptions) -> Service:
+    return _open_other(seq2seq, options, batch_size=options.batch_size, max_model_len=options.max_model_len,
+                       max_logprobs=options.max_logprobs)
+
+# %% ../../nbs/10_serving.loading.ipynb #291ba512
 def open_service(
     options: ServeOptions,
     model=None,     # A loaded causal LM in place of `options.model`; stays as it is
     tokenizer=None, # And its tokenizer
 ) -> Service:       # With an engine that runs; close it. Raises `BadInput`, `NoSuchModel`, `ServerError`, ImportError
     "Load a model and start its engine."
+    architecture, task = seq2seq.kind_of(find_model(options.model), options.architecture, options.task) if model is None else (
+        'encoder-decoder' if model.config.is_encoder_decoder else 'decoder', 'chat')
+    if task == 'transcribe': return _open_speech(options)
+    if architecture == 'encoder-decoder': return _open_seq2seq(options)
     if model is None: model, tokenizer = _load(options)
     else: model = copy.deepcopy(model).to(pick_device(options.device), serving_dtype(options)).eval()
     if options.prompt_template: tokenizer.chat_template = chat_template(options.prompt_template)

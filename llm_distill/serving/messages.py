@@ -13,13 +13,18 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from .refusals import Flag, Form, refuse
 
-# %% ../../nbs/10_serving.messages.ipynb #10262e5a
+# %% ../../nbs/10_serving.messages.ipynb #c0d55de2
 class Part(Form):
     "A part of a message; text is all that these models read."
     _neutral = dict.fromkeys(('image_url', 'input_audio', 'file'), ((), 'these models read text'))
     type: Literal['text', 'refusal']
-    text: str = ''
+    text: str|None = None
     refusal: str|None = None
+
+    @model_validator(mode='after')
+    def _check_type(self):
+        if getattr(self, self.type) is None: refuse(self.type, 'this type needs it', 'missing_required_parameter')
+        return self
 
 def _parts(value):
     if isinstance(value, str): return [{'type': 'text', 'text': value}]
@@ -41,7 +46,7 @@ class ToolCall(Form):
     type: Literal['function'] = 'function'
     function: _FunctionCall
 
-# %% ../../nbs/10_serving.messages.ipynb #661359e6
+# %% ../../nbs/10_serving.messages.ipynb #71a17083
 class ChatMessage(Form):
     "One turn of a conversation."
     _ignored = frozenset({'annotations', 'parsed'})
@@ -64,12 +69,12 @@ class ChatMessage(Form):
     def _check_role(self):
         by, silent = self.role, self.content is None
         if by == 'tool' and self.tool_call_id is None:
-            refuse('tool_call_id', "a 'tool' message says which call it answers", 'missing_required_parameter')
+            refuse('tool_call_id', 'a message of a tool says which call it answers', 'missing_required_parameter')
         if by != 'assistant' and (self.tool_calls or self.refusal):
             name = 'tool_calls' if self.tool_calls else 'refusal'
             refuse(name, f'belongs to messages of the assistant, not to those of {by!r}')
         if silent and not (by == 'assistant' and (self.tool_calls or self.refusal)):
-            refuse('content', f'a {by!r} message needs it', 'missing_required_parameter')
+            refuse('content', f'messages of the role {by!r} need it', 'missing_required_parameter')
         return self
 
     def as_message(self) -> dict: # As chat templates read it; tool calls as OpenAI writes them, arguments as a string

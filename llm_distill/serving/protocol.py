@@ -19,10 +19,16 @@ from .sampling import Sampling
 
 _all_ = ['ChatMessage', 'ResponseFormat', 'Limits', 'Refused', 'error_body', 'explain', 'read_body']
 
-# %% ../../nbs/10_serving.protocol.ipynb #17cc5a87
+# %% ../../nbs/10_serving.protocol.ipynb #4a8169cb
 def _one_or_more(value): # A stop string, or a list of them
     if not isinstance(value, str|list): refuse('', 'expected a string or a list of them', 'invalid_type')
     return [value] if isinstance(value, str) else value
+
+def _token_id(key): # As a key of a JSON object
+    if isinstance(key, str) and not (key.isascii() and key.isdigit()): refuse('', 'expected a token id', 'invalid_type')
+    return key
+
+_TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 def _seed_of(
     seed: int|None,  # Of the request; None draws anew each time
@@ -49,7 +55,7 @@ def _check_alternatives(name, k, limits):
     refuse(name, f'this server reports up to {limits.max_logprobs} alternatives, not {k}; it can be started with '
                  'a higher --max-logprobs', 'integer_above_max_value')
 
-# %% ../../nbs/10_serving.protocol.ipynb #e7b48ded
+# %% ../../nbs/10_serving.protocol.ipynb #1d78a0e6
 class _StreamOptions(Form):
     "What a stream holds beside the answer."
     _ignored = frozenset({'include_obfuscation'})  # padding against eavesdroppers; the answer is the same
@@ -67,7 +73,7 @@ class _Asking(Form):
     repetition_penalty: number(.01, 100) = None
     presence_penalty: number(-2, 2) = None
     frequency_penalty: number(-2, 2) = None
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(strict=True, ge=-100, le=100)]]|None = None
+    logit_bias: dict[_TokenId, Annotated[float, Field(strict=True, ge=-100, le=100)]]|None = None
     do_sample: Flag = None
     num_beams: count(1, 64) = None
     stop: Annotated[list[str], BeforeValidator(_one_or_more, str|list[str]), Field(max_length=16)]|None = None
@@ -75,6 +81,7 @@ class _Asking(Form):
     prompt_logprobs: count(0, 2**31) = None
     stream: Flag = None
     stream_options: _StreamOptions|None = None
+    user: str|None = None  # Nothing depends on it
 
     @property
     def draws(self) -> int: return self.n or 1 # Answers that the engine writes to each prompt
@@ -105,10 +112,10 @@ class _Asking(Form):
         if 'stop' in given: given['stop'] = [s for s in given['stop'] if s]
         return Sampling(**given, seed=_seed_of(self.seed, choice), **rest)
 
-# %% ../../nbs/10_serving.protocol.ipynb #5d2d96d4
+# %% ../../nbs/10_serving.protocol.ipynb #934488b8
 class ChatRequest(_Asking):
     "The body of `POST /v1/chat/completions`."
-    _ignored = frozenset({'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prediction',
+    _ignored = frozenset({'metadata', 'store', 'service_tier', 'safety_identifier', 'prediction',
                           'prompt_cache_key', 'prompt_cache_retention', 'prompt_cache_options'})
     _neutral = {'functions': (([],), "use 'tools'"), 'function_call': (('none', 'auto'), "use 'tool_choice'"),
                 'modalities': ((['text'],), 'these models write text'), 'audio': ((), 'these models write text'),
@@ -186,10 +193,9 @@ def _checked(one, place, limits):
 _TextsOrIds = Annotated[list[str|list[int]],
                         PlainValidator(_texts_or_ids, str|list[str]|list[int]|list[list[int]])]
 
-# %% ../../nbs/10_serving.protocol.ipynb #17ea968b
+# %% ../../nbs/10_serving.protocol.ipynb #ef6851b6
 class CompletionRequest(_Asking):
     "The body of `POST /v1/completions`."
-    _ignored = frozenset({'user'})
     _neutral = {'suffix': (('',), 'these models do not fill gaps')}
     prompt: _TextsOrIds
     max_tokens: count(0, 2**31) = None
@@ -225,14 +231,14 @@ class CompletionRequest(_Asking):
         return self._sampling(choice, max_tokens=default_max_tokens if self.max_tokens is None else self.max_tokens,
                               top_logprobs=top, prompt_logprobs=max(asked, default=None), constraint=constraint)
 
-# %% ../../nbs/10_serving.protocol.ipynb #00904f9c
+# %% ../../nbs/10_serving.protocol.ipynb #3be620a2
 class EmbeddingRequest(Form):
     "The body of `POST /v1/embeddings`."
-    _ignored = frozenset({'user'})
     model: str
     input: _TextsOrIds
     encoding_format: Literal['float', 'base64'] = 'float'
     dimensions: count(1, 2**31) = None
+    user: str|None = None
 
     @model_validator(mode='after')
     def _check_input(self, info: ValidationInfo):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Draft', 'refusal', 'GenerateRequest', 'LogitsRequest', 'Service']
 
-# %% ../../nbs/10_serving.service.ipynb #7a12386f
+# %% ../../nbs/10_serving.service.ipynb #49e47aba
 import asyncio
 import base64
 import threading
@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from .constrain import Constraints
 from .engine import Piece
 from .protocol import (ChatRequest, CompletionRequest, EmbeddingRequest, Limits, Refused,
                                           error_body)
-from .refusals import Form, count, number
+from .refusals import Flag, Form, count, number
 from .replies import ChatReply, TextReply, best_answers, embeddings_reply
 from .sampling import Sampling
 from .tools import CallParser, choose_tools, encode_tools, force, parse_calls
@@ -66,7 +67,7 @@ class Draft:
         async for i, piece in self: answers[i].append(piece)
         return answers
 
-# %% ../../nbs/10_serving.service.ipynb #8cad8cbd
+# %% ../../nbs/10_serving.service.ipynb #0d10e825
 _USUAL = 512  # tokens of an answer where nobody says
 
 def refusal(
@@ -98,8 +99,12 @@ class _Reading:
 
     def _room(self, ids) -> int: return max(1, min(_USUAL, self.engine.max_context - len(ids)))
 
+    def _prompts(self, given: list[str|list[int]]) -> tuple[list[list[int]], list[str]]:
+        "Token ids and texts of what is given as either."
+        return [self.ids(p) for p in given], [p if isinstance(p, str) else self.tokenizer.decode(p) for p in given]
+
     def _conversation(self, body: ChatRequest):
-        "Token ids, the tools, and for each answer what it has to follow, if anything."
+        "Token ids, how to find calls (names, whether only one), and for each answer what it must follow, if anything."
         messages = [m.as_message() for m in body.messages]
         try:
             choice = choose_tools(*body.calling)
@@ -108,7 +113,8 @@ class _Reading:
             if choice.forced: matchers = [force(self.constraints, choice) for _ in range(body.draws)]
             else: matchers = [self.constraints.response(_plain(body.response_format)) for _ in range(body.draws)]
         except BadInput as e: raise _named(e, 'messages') from e
-        return ids, choice, matchers
+        formed = matchers[0] is not None and not choice.forced
+        return ids, ([] if formed else choice.allowed, choice.single), matchers
 
     async def _answers(self, body, asked: list[tuple[list[int], Sampling]]) -> list[list[Piece]]: # Of each answer
         "Drawn, all at the same time, or searched, one prompt after the other."
@@ -123,11 +129,12 @@ class _Reading:
                   'presence_penalty': sampling.presence_penalty, 'frequency_penalty': sampling.frequency_penalty}
         for name, asked in beside.items():
             if asked: raise refusal(f"{name}: not together with 'num_beams'; leave one of the two out", name)
-        engine, gone = self.engine, threading.Event()
-        def work():
-            return beam_search(engine.slots.model, engine.words, ids, sampling, body.num_beams, body.draws, gone)
-        try: return await self._alone(work)
+        gone = threading.Event()
+        try: return await self._alone(partial(self._find, ids, sampling, body.num_beams, body.draws, gone))
         finally: gone.set()
+
+    def _find(self, ids, sampling, beams: int, n: int, gone: threading.Event) -> list[list[Piece]]:
+        return beam_search(self.engine.slots.model, self.engine.words, ids, sampling, beams, n, gone)
 
     async def _alone(self, work: Callable): return await asyncio.wrap_future(self.engine.alone(work))
 
@@ -137,26 +144,25 @@ class _Reading:
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         return self.tokenizer(text)['input_ids'] or [begin]
 
-# %% ../../nbs/10_serving.service.ipynb #5698c563
+# %% ../../nbs/10_serving.service.ipynb #6a1a777d
 class _Chats(_Reading):
     "`POST /v1/chat/completions`."
     async def chat(self, body: ChatRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
         "Answer a conversation; raises `Refused`, `ServerBusy` or `ServerError`."
         self._known(body)
-        ids, choice, matchers = await asyncio.to_thread(self._conversation, body)  # a schema may take a while
+        ids, calls, matchers = await asyncio.to_thread(self._conversation, body)  # a schema may take a while
         asked = [body.sampling(self._room(ids), i, matcher) for i, matcher in enumerate(matchers)]
         self._fits(ids, asked[0], 'messages')
         asked = [asked[0], *(replace(s, prompt_logprobs=None) for s in asked[1:])]
         reply = ChatReply(self.name, len(ids), body.top, body.include_usage)
-        names = choice.allowed if choice.functions else []
-        if body.stream: return self._stream_chat(Draft(self.engine, [(ids, s) for s in asked], True), reply, names)
-        answers = await self._answers(body, [(ids, s) for s in asked])
-        said = [parse_calls(_text(pieces), names) for pieces in answers] if names else None
+        if body.stream: return self._stream_chat(Draft(self.engine, [(ids, s) for s in asked], True), reply, *calls)
+        answers, (names, single) = await self._answers(body, [(ids, s) for s in asked]), calls
+        said = [parse_calls(_text(pieces), names, single) for pieces in answers] if names else None
         return reply.whole(answers, said, answers[0][0].prompt)
 
-    async def _stream_chat(self, draft, reply, names):
+    async def _stream_chat(self, draft, reply, names, single):
         n = len(draft.jobs)
-        tokens, parsers = [0]*n, [CallParser(names) for _ in range(n)] if names else None
+        tokens, parsers = [0]*n, [CallParser(names, single) for _ in range(n)] if names else None
         try:
             for i in range(n):
                 for chunk in reply.opening(i): yield chunk
@@ -171,21 +177,21 @@ def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 def _deltas(parser: CallParser, piece: Piece) -> list[dict]:
     return parser.feed(piece.text) + (parser.finish() if piece.finish else [])
 
-# %% ../../nbs/10_serving.service.ipynb #5454816e
+# %% ../../nbs/10_serving.service.ipynb #7b38b4b7
 class _Completions(_Reading):
     "`POST /v1/completions`."
     async def complete(self, body: CompletionRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
         "Go on with texts; raises `Refused`, `ServerBusy` or `ServerError`."
         self._known(body)
-        prompts, asked = [self.ids(p) for p in body.prompt], []
+        prompts, texts = await asyncio.to_thread(self._prompts, body.prompt)
+        asked = []
         for ids in prompts:
             for i in range(body.draws):
                 sampling = body.sampling(choice=i)
                 self._fits(ids, sampling, 'prompt')
-                if body.draws > (body.n or 1) and sampling.top_logprobs is None:  # the best are chosen by them
+                if body.draws > (body.n or 1) and not body.num_beams and sampling.top_logprobs is None:  # the best are chosen by them
                     sampling = replace(sampling, top_logprobs=0)
                 asked.append((ids, sampling if i == 0 else replace(sampling, prompt_logprobs=None)))
-        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in body.prompt]
         reply = TextReply(self.name, sum(map(len, prompts)), body.logprobs, body.include_usage, echo=bool(body.echo))
         if body.stream: return self._stream_text(Draft(self.engine, asked, True), reply, texts, body.draws)
         return self._text(await self._answers(body, asked), reply, texts, body)
@@ -196,7 +202,7 @@ class _Completions(_Reading):
             several = answers[at:at + body.draws]
             rows += [several[0][0].prompt]*n
             several = [[p for p in pieces if p.id >= 0 or p.finish] for pieces in several]
-            kept += best_answers(several, n) if body.draws > n else several
+            kept += several[:n] if body.num_beams or body.draws == n else best_answers(several, n)
         texts = [t for t in texts for _ in range(n)]
         return reply.whole(kept, texts, rows, body.prompt_logprobs is not None, tokens)
 
@@ -213,7 +219,7 @@ class _Completions(_Reading):
             if reply.include_usage: yield reply.closing(sum(tokens.values()))
         finally: draft.cancel()
 
-# %% ../../nbs/10_serving.service.ipynb #e0e48907
+# %% ../../nbs/10_serving.service.ipynb #1e55ff29
 class GenerateRequest(Form):
     "The body of `POST /generate`."
     input: str
@@ -224,11 +230,29 @@ class GenerateRequest(Form):
 class LogitsRequest(Form):
     "The body of `POST /logits`."
     input: str
-    return_logits: bool|None = None
-    encoding_format: str|None = None  # "base64": little-endian float32, with the shape beside it
+    return_logits: Flag = None  # They always come
+    encoding_format: Literal['float', 'base64']|None = None  # "base64": little-endian, with the shape beside it
+
+_ENDS, _LONG = 4, 16  # token ids
 
 class _Vectors(_Reading):
     "What needs more of the model than its words."
+    def _own(self, ids: list[int]) -> bool:
+        "Whether the model's tokenizer would write these ids for their text; of a few, nobody can tell."
+        if len(ids) < _LONG: return True
+        again = self.tokenizer(self.tokenizer.decode(ids), add_special_tokens=False)['input_ids']
+        inner = ids[_ENDS:-_ENDS]
+        return any(again[i:i + len(inner)] == inner for i in range(2*_ENDS + 1))
+
+    def _inputs(self, given: list[str|list[int]]) -> list[list[int]]:
+        for i, text in enumerate(given):
+            if not isinstance(text, str) and not self._own(text):
+                raise refusal("This model's tokenizer writes other token ids for this text; send the text itself "
+                              '(LangChain: check_embedding_ctx_length=False).', f'input[{i}]')
+        texts = [self.ids(t) for t in given]
+        for i, t in enumerate(texts): self._fits(t, Sampling(0), f'input[{i}]')
+        return texts
+
     def _padded(self, texts: list[list[int]]) -> dict[str, torch.Tensor]:
         length, device = max(map(len, texts)), self.engine.slots.device
         ids = torch.tensor([t + [0]*(length - len(t)) for t in texts], device=device)
@@ -244,8 +268,7 @@ class _Vectors(_Reading):
     async def embed(self, body: EmbeddingRequest) -> dict:
         "Embed texts; raises `Refused` or `ServerError`."
         self._known(body)
-        texts = [self.ids(t) for t in body.input]
-        for i, t in enumerate(texts): self._fits(t, Sampling(0), f'input[{i}]')
+        texts = await asyncio.to_thread(self._inputs, body.input)
         order, out = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
         for at in range(0, len(order), 8):
             some = order[at:at + 8]

@@ -19,7 +19,7 @@ from ..models import encode_chat
 from .constrain import MOST_CALLS, TOOL_NAME, Constraints, Matcher, calls_grammar
 from ..types import BadInput, Message
 
-# %% ../../nbs/10_serving.tools.ipynb #9f40716a
+# %% ../../nbs/10_serving.tools.ipynb #e2249907
 @dataclass
 class Choice:
     "The tools of one request."
@@ -27,8 +27,9 @@ class Choice:
     allowed: list[str] = field(default_factory=list)    # Names of those that may be called now
     forced: bool = False                                # Whether one must be
     parallel: bool = False                              # Whether a forced answer may be several calls
+    single: bool = False                                # Whether a free answer is cut after its first call
 
-# %% ../../nbs/10_serving.tools.ipynb #d5153fbf
+# %% ../../nbs/10_serving.tools.ipynb #ef27d43d
 def _function(tool, i: int) -> dict:
     function = tool.get('function') if isinstance(tool, dict) and tool.get('type') == 'function' else None
     if not isinstance(function, dict):
@@ -50,12 +51,13 @@ def choose_tools(
 ) -> Choice:                           # Raises `BadInput` that begins with the parameter's name
     "What a request says about tools."
     functions = [_function(t, i) for i, t in enumerate(tools or [])]
-    names = [f['name'] for f in functions]
+    names, single = [f['name'] for f in functions], parallel is False
     if len(set(names)) < len(names): raise BadInput('tools: two functions have the same name')
-    if tool_choice in (None, 'auto') or (tool_choice == 'none' and not functions): return Choice(functions, names)
+    if tool_choice in (None, 'auto') or (tool_choice == 'none' and not functions):
+        return Choice(functions, names, single=single)
     if not functions: raise BadInput("tool_choice: is only allowed when 'tools' are given")
     if tool_choice == 'none': return Choice()
-    if tool_choice == 'required': return Choice(functions, names, True, bool(parallel))
+    if tool_choice == 'required': return Choice(functions, names, True, bool(parallel), single)
     if named := _named(tool_choice): allowed, forced, parallel = [named], True, False
     elif isinstance(tool_choice, dict) and isinstance(tool_choice.get('allowed_tools'), dict):
         allowed = [_named(t) for t in tool_choice['allowed_tools'].get('tools') or []]
@@ -64,7 +66,7 @@ def choose_tools(
                          '{"type": "function", "function": {"name": ...}}')
     for name in allowed or [None]:
         if name not in names: raise BadInput(f'tool_choice: there is no function {name!r} in tools')
-    return Choice(functions, allowed, forced, bool(parallel))
+    return Choice(functions, allowed, forced, bool(parallel), single)
 
 # %% ../../nbs/10_serving.tools.ipynb #20066302
 class Notation(NamedTuple):
@@ -115,13 +117,13 @@ def force(
             except BadInput as e: raise BadInput(f"tools: {f['name']}: {e}") from None
         raise BadInput(f'tools: {whole}') from None
 
-# %% ../../nbs/10_serving.tools.ipynb #5e8029b4
+# %% ../../nbs/10_serving.tools.ipynb #4888918b
 def _text(content) -> str:
     return content if isinstance(content, str) else ''.join(p.get('text', '') for p in content or [])
 
-def _arguments(text: str):
-    try: return json.loads(text)
-    except (ValueError, TypeError): return text
+def _arguments(text: str|None):
+    try: return json.loads(text) if text else {}
+    except ValueError: return text
 
 def _call(call: dict) -> dict:
     function = {'name': call['function']['name'], 'arguments': _arguments(call['function'].get('arguments'))}
@@ -261,7 +263,7 @@ class _Deltas:
         self.calls[-1]['function']['arguments'] += text
         self._out.append({'tool_calls': [{'index': len(self.calls) - 1, 'function': {'arguments': text}}]})
 
-# %% ../../nbs/10_serving.tools.ipynb #69757b28
+# %% ../../nbs/10_serving.tools.ipynb #d5ad4fd2
 class _Calls(_Deltas):
     "Reads calls from the front of the text."
     def _read_calls(self, lead: int, names: list[str]|None):
@@ -274,6 +276,7 @@ class _Calls(_Deltas):
                 self._take(start)
                 yield from self._pass(_Value(), self._argue)
                 if rest: yield from self._pass(_Value(1), lambda text: None)
+            if self._single: return
             lead = yield from self._read_gap()
             if lead is None: return
 
@@ -314,15 +317,16 @@ class _Calls(_Deltas):
         while not (rest := self._text.lstrip()) and not self._final: yield
         self._text = rest
 
-# %% ../../nbs/10_serving.tools.ipynb #2b113b46
+# %% ../../nbs/10_serving.tools.ipynb #cb41fbec
 class CallParser(_Calls):
     "Turns an answer, whole or in pieces, into OpenAI's deltas of content and tool calls."
     def __init__(
         self,
-        names: list[str], # Functions that may be called
+        names: list[str],     # Functions that may be called
+        single: bool = False, # What comes after the first call is left out
     ):
         super().__init__(names)
-        self._reading = self._read()
+        self._single, self._reading = single, self._read()
 
     def feed(self, text: str) -> list[dict]: # Deltas: {"content": ...} or {"tool_calls": [...]}
         "Read on."
@@ -339,7 +343,7 @@ class CallParser(_Calls):
         "An answer: calls without a mark, or text with marked calls in it."
         while not self._text.strip() and not self._final: yield
         if self._text.lstrip()[:1] in ('{', '['): yield from self._read_calls(0, self.names)
-        while lead := (yield from self._read_text()):
+        while not (self._single and self.calls) and (lead := (yield from self._read_text())):
             before = len(self.calls)
             yield from self._read_calls(lead, None)
             if len(self.calls) == before: self._say(self._take(lead))
@@ -360,13 +364,14 @@ class CallParser(_Calls):
         self._say(rest if not self.calls else rest.rstrip())
         return 0
 
-# %% ../../nbs/10_serving.tools.ipynb #bbf5e044
+# %% ../../nbs/10_serving.tools.ipynb #6436b3b9
 def parse_calls(
-    text: str,        # A whole answer
-    names: list[str], # Functions that may be called
-) -> dict:            # "content", None if there is none beside calls, and "tool_calls" if there are any
+    text: str,            # A whole answer
+    names: list[str],     # Functions that may be called
+    single: bool = False, # What comes after the first call is left out
+) -> dict:                # "content", None if there is none beside calls, and "tool_calls" if there are any
     "What a message says and which functions it calls."
-    parser = CallParser(names)
+    parser = CallParser(names, single)
     parser.feed(text)
     parser.finish()
     if not parser.calls: return {'content': parser.content}
