@@ -112,7 +112,7 @@ class Job:
         except Exception: self.cancelled = True
         self.pieces = []
 
-# %% ../../nbs/10_serving.engine.ipynb #4bbc3cac
+# %% ../../nbs/10_serving.engine.ipynb #c9617cc6
 _log = logging.getLogger(__name__)
 
 class Words:
@@ -134,13 +134,16 @@ class Words:
         logits = logits[:, :self.size].cpu()  # rows that pad the vocabulary have no token
         broken, rows = logits.isnan().any(-1).tolist(), range(len(jobs))
         reports = self._reports([i for i in rows if jobs[i].sampling.top_logprobs is not None], jobs, logits)
-        if any(not j.sampling.plain for j in jobs):
-            penalise(logits, [j.sampling for j in jobs], [j.prompt for j in jobs], [j.said for j in jobs])
+        self._adjust(jobs, logits)
         self._mask(jobs, logits, broken)
         uniform = torch.cat([torch.rand(1, 1, generator=j.random) for j in jobs])
         chosen = pick(logits.nan_to_num(), [j.sampling for j in jobs], uniform).tolist()
         return [Piece('', finish='error', tokens=len(j.said)) if broken[i] else
                 self._piece(j, chosen[i], *reports.get(i, (None, None))) for i, j in enumerate(jobs)]
+
+    def _adjust(self, jobs, logits):
+        if any(not j.sampling.plain for j in jobs):
+            penalise(logits, [j.sampling for j in jobs], [j.prompt for j in jobs], [j.said for j in jobs])
 
     def _mask(self, jobs, logits, broken):
         for i, constraint in ((i, j.sampling.constraint) for i, j in enumerate(jobs)):
@@ -222,13 +225,13 @@ def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
-# %% ../../nbs/10_serving.engine.ipynb #f69a8c6f
+# %% ../../nbs/10_serving.engine.ipynb #deb846c4
 class _Work:
     "What the thread does."
     @torch.inference_mode()
     def _run(self, model, fused: bool, ready: Future):
         # Also what is computed once: threads that multiply matrices elsewhere in the process halve the speed here
-        try: self.slots = SlotModel(fuse(model) if fused else model, self.size, self.max_context)
+        try: self.slots = self._make_slots(model, fused)
         except Exception as e: return ready.set_exception(e)
         ready.set_result(self.slots)
         while not self.ended:
@@ -302,7 +305,7 @@ class _Work:
         try: future.set_result(work())
         except Exception as e: future.set_exception(e)
 
-# %% ../../nbs/10_serving.engine.ipynb #f6d1f619
+# %% ../../nbs/10_serving.engine.ipynb #1a762200
 def _memory(device: torch.device) -> float: # Bytes that are free, inf if nobody can tell
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(ValueError, OSError, AttributeError):
@@ -337,6 +340,8 @@ class Engine(_Line, _Work):
         self._thread = threading.Thread(target=self._run, args=[model, fused, ready], name='engine', daemon=True)
         self._thread.start()
         self.slots = ready.result()
+
+    def _make_slots(self, model, fused): return SlotModel(fuse(model) if fused else model, self.size, self.max_context)
 
     def submit(
         self,
