@@ -51,7 +51,7 @@ class Cohort:
         self.ready()
         return _pairs(self.cache.self_attention_cache), _pairs(self.cache.cross_attention_cache)
 
-# %% ../../nbs/10_serving.cohorts.ipynb #731fc1ba
+# %% ../../nbs/10_serving.cohorts.ipynb #0019443e
 def cut(
     cohort: Cohort,
     slots: list[int], # Some of its own
@@ -70,12 +70,13 @@ def join(
     def wide(x, dim): # zeros behind, up to the longest prompt
         return F.pad(x, [0, 0]*(x.dim() - 1 - dim) + [0, width - x.shape[dim]])
     both = [c.tensors() for c in cohorts]
-    written = [tuple(torch.cat(parts) for parts in zip(*layer)) for layer in zip(*(w for w, _ in both))]
-    read = [tuple(torch.cat([wide(x, 2) for x in parts]) for parts in zip(*layer)) for layer in zip(*(r for _, r in both))]
+    def stacked(several, fit): # the same layers of several caches
+        return [tuple(torch.cat([fit(x) for x in parts]) for parts in zip(*layer)) for layer in zip(*several)]
+    written, read = stacked((w for w, _ in both), lambda x: x), stacked((r for _, r in both), lambda x: wide(x, 2))
     return Cohort([s for c in cohorts for s in c.slots], torch.cat([wide(c.hidden, 1) for c in cohorts]),
                   torch.cat([wide(c.mask, 1) for c in cohorts]), written, read, cohorts[0].length)
 
-# %% ../../nbs/10_serving.cohorts.ipynb #415cb2fb
+# %% ../../nbs/10_serving.cohorts.ipynb #c74be5c6
 class CohortModel:
     "An encoder-decoder whose answers come and go."
     chunk = sys.maxsize  # beginnings of prompts are not shared
@@ -93,7 +94,7 @@ class CohortModel:
     def shared(self, ids: list[int], spare: set[int]) -> tuple[int, int]: return min(spare, default=0), 0
     def copy(self, source: int, target: int, n: int) -> None: pass
 
-    def _encoded(self, ids: list[int]) -> Cohort: # Nobody's, with the start written
+    def _encoded(self, ids: list[int]): # Nobody's cohort with the start written, and logits behind it
         row = torch.tensor([ids], device=self.device)
         mask = torch.ones_like(row)
         hidden = self.model.get_encoder()(input_ids=row, attention_mask=mask).last_hidden_state
@@ -104,9 +105,9 @@ class CohortModel:
         return fresh, logits
 
     def _forward(self, cohort: Cohort, cache, tokens: list[int]) -> torch.Tensor: # (B, V)
-        return self.model(
-            encoder_outputs=BaseModelOutput(cohort.hidden), attention_mask=cohort.mask, past_key_values=cache,
-            decoder_input_ids=torch.tensor([[t] for t in tokens], device=self.device), use_cache=True).logits[:, -1].float()
+        newest = torch.tensor([[t] for t in tokens], device=self.device)
+        return self.model(encoder_outputs=BaseModelOutput(cohort.hidden), attention_mask=cohort.mask,
+                          decoder_input_ids=newest, past_key_values=cache, use_cache=True).logits[:, -1].float()
 
     def read(
         self,

@@ -112,7 +112,7 @@ class Job:
         except Exception: self.cancelled = True
         self.pieces = []
 
-# %% ../../nbs/10_serving.engine.ipynb #c9617cc6
+# %% ../../nbs/10_serving.engine.ipynb #c3178b08
 _log = logging.getLogger(__name__)
 
 class Words:
@@ -160,6 +160,7 @@ class Words:
         def top(n, k): return self.alternatives(ids[n, :k], values[n, :k])
         return {i: (logprobs[n], top(n, jobs[i].sampling.top_logprobs)) for n, i in enumerate(rows)}
 
+    def _shown(self, job, token) -> bytes: return self.bytes_of[token]
     def _piece(self, job, token, logprobs, top) -> Piece:
         rules, n = job.sampling, len(job.said) + 1
         job.said.append(token)
@@ -169,7 +170,7 @@ class Words:
         logprob = 0. if logprobs is None else float(logprobs[token])
         if token in self.ends and not rules.ignore_eos:
             return Piece(job.text.push(b'', True), token, b'', logprob, top, 'stop', n)
-        data, full = self.bytes_of[token], n >= rules.max_tokens
+        data, full = self._shown(job, token), n >= rules.max_tokens
         whole = rules.constraint is not None and rules.constraint.done
         text = job.text.push(b'' if token in self.hidden else data, full or whole)
         finish = 'stop' if job.text.stopped or whole else 'length' if full else None
