@@ -26,7 +26,7 @@ from .service import GenerateRequest, LogitsRequest, Service
 from .transcripts import TranscriptionRequest, form_fields
 from ..types import BadInput, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.app.ipynb #dd4ab242
+# %% ../../nbs/10_serving.app.ipynb #f4998d8c
 def _answer(data: dict, status: int = 200, **headers) -> Response:
     return Response(orjson.dumps(data), status, headers, media_type='application/json')
 
@@ -37,13 +37,14 @@ def _limited(request: Request, most: int) -> Request: # Raises `Refused`, now or
     too_long = Refused(error_body(said, code='too_large'))
     too_long.status = 413
     length = request.headers.get('content-length', '0')
-    if length.isdigit() and int(length) > most: raise too_long
+    if length.isdigit() and int(length) > 4*most: raise too_long
     async def receive():
         nonlocal read
-        message = await request.receive()
-        read += len(message.get('body', b''))
-        if read > most: raise too_long
-        return message
+        while True:
+            message = await request.receive()
+            read += len(message.get('body', b''))
+            if read <= most: return message
+            if read > 4*most or not message.get('more_body'): raise too_long
     return Request(request.scope, receive)
 
 async def _body(request: Request, most: int) -> bytes:
