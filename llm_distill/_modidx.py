@@ -1450,6 +1450,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'llm_distill/serving/speech.py'),
                                             'llm_distill.serving.speech._Listening._next': ( 'serving.speech.html#_listening._next',
                                                                                              'llm_distill/serving/speech.py'),
+                                            'llm_distill.serving.speech._Listening._next_window': ( 'serving.speech.html#_listening._next_window',
+                                                                                                    'llm_distill/serving/speech.py'),
                                             'llm_distill.serving.speech._Listening._plain': ( 'serving.speech.html#_listening._plain',
                                                                                               'llm_distill/serving/speech.py'),
                                             'llm_distill.serving.speech._Listening._short': ( 'serving.speech.html#_listening._short',

@@ -30,7 +30,7 @@ from .sound import need_speech, read_audio
 from .transcripts import Transcript, TranscriptionRequest, delta, done_event, write
 from ..types import BadInput, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.speech.ipynb #bed7b7ec
+# %% ../../nbs/10_serving.speech.ipynb #88181370
 _log = logging.getLogger(__name__)
 
 class _Listening:
@@ -88,8 +88,9 @@ class _Listening:
         x = self._features(pieces, padding='max_length')['input_features']
         codes = self._languages(batch, x)
         for ear in ears: ear.window(seek)
+        # One call: a model that writes a time unasked would be sent back to where it was, again and again
         self._generate(ears, batch[0], input_features=x, return_timestamps=False if self.stamps else None,
-                       **({'language': codes} if self.multilingual else {}))
+                       force_unique_generate_call=True, **({'language': codes} if self.multilingual else {}))
         for ear in ears: ear.close(True)
         return [self.writer.plain(ear, LANGUAGES.get(code, code)) for ear, code in zip(ears, codes)]
 
@@ -98,10 +99,14 @@ class _Listening:
         code, = self._languages([r], inputs['input_features'])
         words = {'return_token_timestamps': True} if r.words else {}
         out = self._generate([ear], r, **inputs, **words, return_timestamps=True, return_segments=True,
-                             monitor_progress=lambda p: ear.window(int(p[0, 0])),
+                             monitor_progress=partial(self._next_window, ear),
                              **({'language': code} if self.multilingual else {}))
         ear.close(True)
         return self.writer.timed(ear, out['segments'][0], LANGUAGES.get(code, code))
+    def _next_window(self, ear, progress): # Of frames: where it is, and how many there are
+        seek, frames = progress[0].tolist()
+        ear.window(int(seek))
+        if len(ear.windows) > 8*frames/self.frames + 8: raise RuntimeError('the model goes on in tiny steps')
 
 # %% ../../nbs/10_serving.speech.ipynb #0c1208a5
 class Transcriber(_Listening):
