@@ -4,7 +4,8 @@ import json
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (AddedToken, ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors,
+                        trainers)
 
 ANSWERS = {'What is the capital of France?': 'It is Paris.', 'What is the capital of Italy?': 'It is Rome.',
            'What is the capital of Peru?': 'It is Lima, by the sea.',

@@ -1,17 +1,15 @@
 "Encoder-decoders and speech behind the API: what `generate` says, what SDKs see, who disturbs whom, what is refused."
 import asyncio
+import importlib.util
 import io
 import json
 import random
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import openai
@@ -24,7 +22,7 @@ import uvicorn
 from llm_distill.serving import seq2seq, speech
 from llm_distill.serving.app import create_app
 from llm_distill.serving.sampling import Sampling
-from llm_distill.serving.seq2seq import Seq2SeqEngine, Seq2SeqService, kind_of
+from llm_distill.serving.seq2seq import Seq2SeqEngine, kind_of
 from llm_distill.serving.speech import SpeechService, Transcriber
 from llm_distill.types import BadInput, NoSuchModel, ServerBusy
 from openai.types.audio import Transcription, TranscriptionVerbose
@@ -208,7 +206,8 @@ def test_the_sdk(text):
 
 def test_replies_are_openais(text, wrong):  # noqa: F811
     with sdk(text[0]) as client:
-        chat = client.chat.completions.with_raw_response.create(**asked('thank you', n=2, logprobs=True, top_logprobs=2))
+        ask = asked('thank you', n=2, logprobs=True, top_logprobs=2)
+        chat = client.chat.completions.with_raw_response.create(**ask)
         more = client.completions.with_raw_response.create(model='small', prompt='thank', max_tokens=5, logprobs=2)
         assert not wrong('CreateChatCompletionResponse', json.loads(chat.text))
         assert not wrong('CreateCompletionResponse', json.loads(more.text))
@@ -244,7 +243,8 @@ def test_beams_are_generates(text, model, tokenizer):
         more = client.completions.create(model='small', prompt=['What is the sea?', 'thank you'], max_tokens=12, n=1,
                                          temperature=0, extra_body=beams)
         assert [c.index for c in more.choices] == [0, 1] and more.choices[0].text == slow[0]
-        with pytest.raises(openai.BadRequestError) as e: client.chat.completions.create(**ask, logprobs=True, extra_body=beams)
+        with pytest.raises(openai.BadRequestError) as e:
+            client.chat.completions.create(**ask, logprobs=True, extra_body=beams)
         assert status(e) == (400, 'logprobs')
 
 
@@ -252,7 +252,8 @@ def test_what_cannot_be_done_is_said(text):
     tool = {'type': 'function', 'function': {'name': 'look'}}
     refused = {'tools': {'tools': [tool]}, 'max_tokens': {'max_tokens': 65}, 'temperature': {'temperature': 9},
                'messages': {'messages': [{'role': 'user', 'content': 'good day '*90}]},
-               'temprature': {'extra_body': {'temprature': 1}}, 'prompt_logprobs': {'extra_body': {'prompt_logprobs': 1}}}
+               'temprature': {'extra_body': {'temprature': 1}},
+               'prompt_logprobs': {'extra_body': {'prompt_logprobs': 1}}}
     with sdk(text[0]) as client:
         for param, how in refused.items():
             with pytest.raises(openai.BadRequestError) as e: client.chat.completions.create(**asked('Hi') | how)
@@ -293,7 +294,7 @@ def test_a_search_that_nobody_waits_for_ends(text, monkeypatch):
     forward = model.forward
     def slow(*a, **k): steps.append(time.sleep(.02)); return forward(*a, **k)
     monkeypatch.setattr(model, 'forward', slow)
-    with sdk(url, ) as client, pytest.raises(openai.APITimeoutError):
+    with sdk(url) as client, pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=.3).chat.completions.create(
             **asked('What is the sea, the sea, the sea?', max_tokens=64), extra_body={'num_beams': 4})
     time.sleep(.3)
@@ -365,7 +366,8 @@ def test_all_forms(speaking, ear, wrong):  # noqa: F811
         assert ' '.join(w['word'] for w in full['words']) == text
         assert all(a['start'] <= a['end'] <= b['end'] for a, b in zip(full['words'], full['words'][1:]))
         assert (full['duration'], full['language']) == (8., 'german')
-        assert 'words' not in ask('verbose_json') and 'segments' not in ask('verbose_json', timestamp_granularities=['word'])
+        assert 'words' not in ask('verbose_json')
+        assert 'segments' not in ask('verbose_json', timestamp_granularities=['word'])
         srt, vtt = ask('srt'), ask('vtt')
         assert srt.startswith('1\n00:00:00,000 --> 00:00:02,000\nIn the middle, März.\n\n2\n') and srt.count('-->') == 4
         assert vtt.startswith('WEBVTT\n\n00:00:00.000 --> 00:00:02.000\n') and vtt.count('-->') == 4
@@ -401,7 +403,7 @@ def test_a_stream_adds_up(speaking, wrong, samples):  # noqa: F811
 
 
 def test_a_crowd_hears_what_one_hears(speaking):
-    files = [sound(small.tone(f, s)) for f in small.TONES for s in (WINDOW, 1.)] if (WINDOW := small.WINDOW) else []
+    files = [sound(small.tone(f, s)) for f in small.TONES for s in (small.WINDOW, 1.)]
     with sdk(speaking[0]) as client:
         def ask(i): return client.audio.transcriptions.create(model='ear', file=files[i % len(files)]).text
         alone = [ask(i) for i in range(len(files))]
@@ -448,12 +450,12 @@ def test_a_model_without_times_goes_window_by_window(ear):
 
 def form(url, fields, file=None, kind=None):
     "Status and error of a form sent by hand."
-    edge = 'edge'
-    body = b''.join(f'--{edge}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode() for k, v in fields)
-    if file is not None:
-        body += f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'.encode() + file + b'\r\n'
-    request = urllib.request.Request(url + '/audio/transcriptions', body + f'--{edge}--\r\n'.encode(),
-                                     {'content-type': kind or f'multipart/form-data; boundary={edge}'})
+    def part(name, data, more=''):
+        return f'--edge\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + data + b'\r\n'
+    parts = [part(k, v.encode()) for k, v in fields]
+    if file is not None: parts.append(part('file', file, '; filename="a.wav"'))
+    request = urllib.request.Request(url + '/audio/transcriptions', b''.join(parts) + b'--edge--\r\n',
+                                     {'content-type': kind or 'multipart/form-data; boundary=edge'})
     try: return urllib.request.urlopen(request, timeout=60).status, None
     except urllib.error.HTTPError as e: return e.code, json.loads(e.read())['error']['param']
 
@@ -472,10 +474,12 @@ def test_what_is_wrong_with_a_recording_is_said(speaking):
     assert form(url, [*me, ('file', 'words')]) == (400, 'file')
     assert form(url, [('model', 'whisper-1')], good) == (404, 'model')
     assert form(url, [], good) == (400, 'model')
-    for name, value in {'language': 'xx', 'temperature': '2', 'response_format': 'diarized_json', 'stream': 'perhaps',
-                        'timestamp_granularities[]': 'word', 'prompt': '<|en|>', 'keywords[]': 'a', 'what': '1'}.items():
+    bad = {'language': 'xx', 'temperature': '2', 'response_format': 'diarized_json', 'stream': 'perhaps',
+           'timestamp_granularities[]': 'word', 'prompt': '<|en|>', 'keywords[]': 'a', 'what': '1'}
+    for name, value in bad.items():
         assert form(url, [*me, (name, value)], good) == (400, name.removesuffix('[]')), name
-    assert form(url, [*me, ('timestamp_granularities[]', 'letter'), ('response_format', 'verbose_json')], good)[0] == 400
+    letters = [('timestamp_granularities[]', 'letter'), ('response_format', 'verbose_json')]
+    assert form(url, [*me, *letters], good)[0] == 400
     assert form(url, me, good, 'application/json')[0] == 400
     assert form(url, me, good, 'multipart/form-data')[0] == 400
     assert form(url, me, good, 'multipart/form-data; boundary=other')[0] == 400
@@ -548,14 +552,7 @@ def test_a_key_is_asked_for(ear):
     engine.close()
 
 
-def test_the_extra_is_named(tmp_path):
-    code = '''
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == 'soxr' else find(name, *a)
-from llm_distill.serving.speech import open_service
-try: open_service('.')
-except ImportError as e: print(e)
-'''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert 'pip install soxr' in done.stdout, done.stderr
+def test_the_extra_is_named(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'soxr' else find(name, *a))
+    with pytest.raises(ImportError, match='pip install soxr'): speech.open_service(tmp_path)
