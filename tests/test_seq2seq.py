@@ -326,6 +326,7 @@ def sound(samples, format='WAV', rate=small.RATE, **how):
     return (f'a.{format.lower()}', out.getvalue())
 
 
+HIGH = small.tone(880)
 LONG = np.concatenate([small.tone(f) for f in (440, 220, 1760, 880)])
 
 
@@ -414,7 +415,7 @@ def test_a_crowd_hears_what_one_hears(speaking):
 def test_language_prompt_temperature_and_seed(speaking, ear):
     def said(ids): return ear[2].decode(ids[0], skip_special_tokens=True).strip()
     with sdk(speaking[0]) as client:
-        def ask(samples=small.tone(880), **how):
+        def ask(samples=HIGH, **how):
             return client.audio.transcriptions.create(model='ear', file=sound(samples), **how)
         assert ask(language='de', response_format='verbose_json').language == 'german'
         assert ask(language='english', response_format='verbose_json').language == 'english'

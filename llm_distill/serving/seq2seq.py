@@ -100,7 +100,7 @@ class Voice(Words):
             piece.top = [(i, t.removeprefix(b' '), p) for i, t, p in piece.top]
         return piece
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #79a92010
+# %% ../../nbs/10_serving.seq2seq.ipynb #f3511a35
 _COHORTS, _AT_ONCE = 4, 4096  # so many at a time; tokens of prompts that are read between two steps
 
 class Seq2SeqEngine(Engine):
@@ -115,7 +115,8 @@ class Seq2SeqEngine(Engine):
         memory: float|None = None, # Bytes for keys and values; None takes up to 60 % of what is free
     ):                           # Raises `ServerError` for a model that cannot be served here
         if memory is None: memory = .6*_memory(model.device)
-        super().__init__(model, tokenizer, slots, max_context, queue, memory/2, _AT_ONCE)  # keys of prompts and of answers
+        # Prompt and answer have keys of their own, so there is half the room for each
+        super().__init__(model, tokenizer, slots, max_context, queue, memory/2, _AT_ONCE)
         self.reads = self.writes = self.max_context
         self.max_context = self.reads + self.writes
         self.words = Voice(model, tokenizer, self.slots.start)
