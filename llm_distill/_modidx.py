@@ -1256,6 +1256,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'llm_distill/serving/seq2seq.py'),
                                              'llm_distill.serving.seq2seq.Voice._shown': ( 'serving.seq2seq.html#voice._shown',
                                                                                            'llm_distill/serving/seq2seq.py'),
+                                             'llm_distill.serving.seq2seq.Voice.choose': ( 'serving.seq2seq.html#voice.choose',
+                                                                                           'llm_distill/serving/seq2seq.py'),
                                              'llm_distill.serving.seq2seq._Unwanted': ( 'serving.seq2seq.html#_unwanted',
                                                                                         'llm_distill/serving/seq2seq.py'),
                                              'llm_distill.serving.seq2seq._Unwanted.__call__': ( 'serving.seq2seq.html#_unwanted.__call__',

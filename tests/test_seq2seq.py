@@ -89,11 +89,11 @@ def test_greedy_is_what_generate_says_with_random_arrivals(family, tokenizer):
 
 RULES = [{'no_repeat_ngram_size': 2}, {'min_length': 10}, {'min_new_tokens': 9}, {'repetition_penalty': 1.7},
          {'encoder_no_repeat_ngram_size': 2}, {'bad_words_ids': [[7], [9, 11]]}, {'suppress_tokens': [5, 12, 13]},
-         {'begin_suppress_tokens': [3, 4, 5, 6]}, {'forced_bos_token_id': 8},
+         {'begin_suppress_tokens': [3, 4, 5, 6]}, {'forced_bos_token_id': 8}, {'forced_bos_token_id': 0},
          {'no_repeat_ngram_size': 3, 'forced_bos_token_id': 8, 'min_length': 5, 'repetition_penalty': 1.2}]
 
 
-@pytest.mark.parametrize('rules', RULES, ids=lambda r: '+'.join(r))
+@pytest.mark.parametrize('rules', RULES, ids=str)
 def test_the_rules_of_a_model_hold(rules, tokenizer):
     model = small.untaught('Bart', len(tokenizer))
     prompts = [tokenizer(q)['input_ids'] for q in small.ANSWERS]

@@ -45,7 +45,7 @@ def kind_of(
     return (architecture or ('encoder-decoder' if both else 'decoder'),
             task or ('transcribe' if both and config.model_type in SPEECH else 'chat'))
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #c9e5a0c4
+# %% ../../nbs/10_serving.seq2seq.ipynb #841102de
 def rules_of(
     config,          # A `GenerationConfig`
     ends: list[int], # End tokens
@@ -58,7 +58,8 @@ def rules_of(
             'suppress_tokens': SuppressTokensLogitsProcessor,
             'begin_suppress_tokens': lambda ids: SuppressTokensAtBeginLogitsProcessor(ids, begin_index=1),
             'bad_words_ids': lambda ids: NoBadWordsLogitsProcessor(ids, ends)}
-    return [make(given(name)) for name, make in made.items() if given(name) not in (None, 0, [])]
+    asked = {name: given(name) for name in made if given(name) is not None}
+    return [made[name](value) for name, value in asked.items() if value or name == 'forced_bos_token_id']  # 0 is a token
 
 class Voice(Words):
     "What an encoder-decoder's tokens are, and the rules by which it speaks."
@@ -66,9 +67,18 @@ class Voice(Words):
         super().__init__(model, tokenizer)
         config = model.generation_config
         self.start, self.rules = start, rules_of(config, sorted(self.ends))
+        self.put = config.forced_bos_token_id is not None  # in front of every answer
         self.reread, self.penalty = config.encoder_no_repeat_ngram_size, config.repetition_penalty or 1.
         spaced = next((i for i, t in enumerate(self.bytes_of) if len(t) > 1 and t.startswith(b' ')), None)
         self.spaced = spaced is not None and not tokenizer.decode([spaced]).startswith(' ')
+
+    def choose(self, jobs: list[Job], logits: torch.Tensor) -> list[Piece]:
+        "The next token of each job; one that a rule puts in front is no business of a schema."
+        begun = [(j, j.sampling) for j in jobs if self.put and not j.said and j.sampling.constraint is not None]
+        for job, sampling in begun: job.sampling = replace(sampling, constraint=None)
+        try: return super().choose(jobs, logits)
+        finally:
+            for job, sampling in begun: job.sampling = sampling
 
     def _adjust(self, jobs: list[Job], logits: torch.Tensor):
         # What is penalised for repeating is what was written, the start included; the prompt is another half's business
