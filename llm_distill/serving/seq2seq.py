@@ -59,7 +59,7 @@ def rules_of(
             'begin_suppress_tokens': lambda ids: SuppressTokensAtBeginLogitsProcessor(ids, begin_index=1),
             'bad_words_ids': lambda ids: NoBadWordsLogitsProcessor(ids, ends)}
     asked = {name: given(name) for name in made if given(name) is not None}
-    return [made[name](value) for name, value in asked.items() if value or name == 'forced_bos_token_id']  # 0 is a token
+    return [made[name](value) for name, value in asked.items() if value or name == 'forced_bos_token_id']  # 0 is one
 
 class Voice(Words):
     "What an encoder-decoder's tokens are, and the rules by which it speaks."
