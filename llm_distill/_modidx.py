@@ -1438,6 +1438,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'llm_distill/serving/service.py'),
                                              'llm_distill.serving.service._deltas': ( 'serving.service.html#_deltas',
                                                                                       'llm_distill/serving/service.py'),
+                                             'llm_distill.serving.service._is_search': ( 'serving.service.html#_is_search',
+                                                                                         'llm_distill/serving/service.py'),
                                              'llm_distill.serving.service._named': ( 'serving.service.html#_named',
                                                                                      'llm_distill/serving/service.py'),
                                              'llm_distill.serving.service._plain': ( 'serving.service.html#_plain',

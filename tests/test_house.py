@@ -101,7 +101,8 @@ def test_a_module_imports_only_from_below(path):
 def test_every_import_is_a_declared_dependency():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT/'settings.ini')
-    lists = ('requirements', 'demo_requirements', 'data_requirements', 'eval_requirements', 'lora_requirements')
+    lists = ('requirements', 'demo_requirements', 'data_requirements', 'eval_requirements', 'lora_requirements',
+             'speech_requirements')
     declared = {re.split(r'[<>=!\[; ]', line)[0].lower().replace('_', '-') for key, value in settings['DEFAULT'].items()
                 if key in lists for line in value.split() if line[0].isalpha()}
     used = {n.split('.')[0] for text in modules(PACKAGE).values() for n in imported(ast.parse(text))}

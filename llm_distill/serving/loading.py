@@ -82,17 +82,17 @@ def _open_seq2seq(options: ServeOptions) -> Service:
     return _open_other(seq2seq, options, batch_size=options.batch_size, max_model_len=options.max_model_len,
                        max_logprobs=options.max_logprobs)
 
-# %% ../../nbs/10_serving.loading.ipynb #291ba512
+# %% ../../nbs/10_serving.loading.ipynb #5510a637
 def open_service(
     options: ServeOptions,
     model=None,     # A loaded causal LM in place of `options.model`; stays as it is
     tokenizer=None, # And its tokenizer
 ) -> Service:       # With an engine that runs; close it. Raises `BadInput`, `NoSuchModel`, `ServerError`, ImportError
     "Load a model and start its engine."
-    architecture, task = seq2seq.kind_of(find_model(options.model), options.architecture, options.task) if model is None else (
-        'encoder-decoder' if model.config.is_encoder_decoder else 'decoder', 'chat')
-    if task == 'transcribe': return _open_speech(options)
-    if architecture == 'encoder-decoder': return _open_seq2seq(options)
+    kind = ('decoder', 'chat') if model is not None else seq2seq.kind_of(
+        find_model(options.model), options.architecture, options.task)
+    if kind[1] == 'transcribe': return _open_speech(options)
+    if kind[0] == 'encoder-decoder': return _open_seq2seq(options)
     if model is None: model, tokenizer = _load(options)
     else: model = copy.deepcopy(model).to(pick_device(options.device), serving_dtype(options)).eval()
     if options.prompt_template: tokenizer.chat_template = chat_template(options.prompt_template)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['kind_of', 'rules_of', 'Voice', 'Seq2SeqEngine', 'Seq2SeqService', 'open_service']
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #ff82f131
-import asyncio
+# %% ../../nbs/10_serving.seq2seq.ipynb #3a1e0288
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +14,17 @@ import numpy as np
 import torch
 from transformers import (AutoConfig, AutoModelForSeq2SeqLM, EncoderNoRepeatNGramLogitsProcessor,
                           ForcedBOSTokenLogitsProcessor, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor,
-                          NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor, StoppingCriteria,
-                          StoppingCriteriaList, SuppressTokensAtBeginLogitsProcessor, SuppressTokensLogitsProcessor)
+                          NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor,
+                          SuppressTokensAtBeginLogitsProcessor, SuppressTokensLogitsProcessor)
 
 from ..models import _from_pretrained, encode_chat, find_model, load_tokenizer, pick_device, pick_dtype
+from .beams import Gone
 from .cohorts import CohortModel
 from .engine import Engine, Job, Piece, TextStream, Words, _memory
 from .protocol import ChatRequest, CompletionRequest
-from .replies import ChatReply, TextReply
 from .sampling import Sampling, penalise
 from .service import _USUAL, Draft, GenerateRequest, LogitsRequest, Service, refusal
-from ..types import NoSuchModel, ServerBusy
+from ..types import NoSuchModel
 
 # %% ../../nbs/10_serving.seq2seq.ipynb #4649c611
 def kind_of(

@@ -67,7 +67,7 @@ class Draft:
         async for i, piece in self: answers[i].append(piece)
         return answers
 
-# %% ../../nbs/10_serving.service.ipynb #0d10e825
+# %% ../../nbs/10_serving.service.ipynb #f6860b9a
 _USUAL = 512  # tokens of an answer where nobody says
 
 def refusal(
@@ -84,6 +84,8 @@ def _named(error: BadInput, param: str) -> Refused: # To be raised
     return refusal(str(error), name if colon and ' ' not in name else param)
 
 def _plain(form) -> dict|None: return form and form.model_dump(by_alias=True, exclude_none=True)
+
+def _is_search(body) -> bool: return (body.num_beams or 1) > 1
 
 class _Reading:
     "From bodies to prompts."
@@ -118,7 +120,7 @@ class _Reading:
 
     async def _answers(self, body, asked: list[tuple[list[int], Sampling]]) -> list[list[Piece]]: # Of each answer
         "Drawn, all at the same time, or searched, one prompt after the other."
-        if (body.num_beams or 1) == 1: return await Draft(self.engine, asked, False).whole()
+        if not _is_search(body): return await Draft(self.engine, asked, False).whole()
         prompts = asked[::body.draws]
         return [answer for ids, sampling in prompts for answer in await self._search(body, ids, sampling)]
 
@@ -177,7 +179,7 @@ def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 def _deltas(parser: CallParser, piece: Piece) -> list[dict]:
     return parser.feed(piece.text) + (parser.finish() if piece.finish else [])
 
-# %% ../../nbs/10_serving.service.ipynb #7b38b4b7
+# %% ../../nbs/10_serving.service.ipynb #9d667a13
 class _Completions(_Reading):
     "`POST /v1/completions`."
     async def complete(self, body: CompletionRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -189,8 +191,8 @@ class _Completions(_Reading):
             for i in range(body.draws):
                 sampling = body.sampling(choice=i)
                 self._fits(ids, sampling, 'prompt')
-                if body.draws > (body.n or 1) and not body.num_beams and sampling.top_logprobs is None:  # the best are chosen by them
-                    sampling = replace(sampling, top_logprobs=0)
+                if body.draws > (body.n or 1) and not _is_search(body) and sampling.top_logprobs is None:
+                    sampling = replace(sampling, top_logprobs=0)  # the best are chosen by them
                 asked.append((ids, sampling if i == 0 else replace(sampling, prompt_logprobs=None)))
         reply = TextReply(self.name, sum(map(len, prompts)), body.logprobs, body.include_usage, echo=bool(body.echo))
         if body.stream: return self._stream_text(Draft(self.engine, asked, True), reply, texts, body.draws)
@@ -202,7 +204,7 @@ class _Completions(_Reading):
             several = answers[at:at + body.draws]
             rows += [several[0][0].prompt]*n
             several = [[p for p in pieces if p.id >= 0 or p.finish] for pieces in several]
-            kept += several[:n] if body.num_beams or body.draws == n else best_answers(several, n)
+            kept += several[:n] if _is_search(body) or body.draws == n else best_answers(several, n)
         texts = [t for t in texts for _ in range(n)]
         return reply.whole(kept, texts, rows, body.prompt_logprobs is not None, tokens)
 
