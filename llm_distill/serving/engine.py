@@ -26,7 +26,7 @@ from .slots import SlotModel, bytes_per_token
 from .tools import mark_ids
 from ..types import BadInput, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.engine.ipynb #4cf84f57
+# %% ../../nbs/10_serving.engine.ipynb #bbea468e
 class TextStream:
     "Bytes in, text out as soon as it is certain."
     def __init__(self, stop: list[str]):
@@ -41,7 +41,8 @@ class TextStream:
         if ends:
             self.stopped, self.held = True, ''
             return text[:min(ends)]
-        keep = 0 if final else max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        keep = 0 if final else max((n for s in self.stop for n in range(1, min(len(s), len(text) + 1))
+                                    if text.endswith(s[:n])), default=0)
         self.held = text[len(text) - keep:]
         return text[:len(text) - keep]
 
@@ -187,16 +188,18 @@ class Words:
     def _row(self, rows: PromptRows, i: int, logprob, top):
         rows.ids.append(i); rows.tokens.append(self.bytes_of[i]); rows.logprobs.append(logprob); rows.top.append(top)
 
-# %% ../../nbs/10_serving.engine.ipynb #330141b0
+# %% ../../nbs/10_serving.engine.ipynb #dc7fbbf2
 class _Line:
     "Who waits, and who gets which slot."
     def _admit(self):
         with self._work:
+            if self._gone:  # who has gone holds no place in the line, even while nobody is let in
+                self._gone, here = False, deque(job for job in self._waiting if not job.cancelled)
+                self.stats.cancelled, self._waiting = self.stats.cancelled + len(self._waiting) - len(here), here
             stay = []
             while self._waiting and (spare := set(range(self.size)) - self._at.keys()):
                 job = self._waiting.popleft()
-                if job.cancelled: self.stats.cancelled += 1
-                elif self._soon_shared(job): stay.append(job)
+                if self._soon_shared(job): stay.append(job)
                 else: self._place(job, spare)
             self._waiting.extendleft(reversed(stay))
 
@@ -222,7 +225,7 @@ def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
-# %% ../../nbs/10_serving.engine.ipynb #f69a8c6f
+# %% ../../nbs/10_serving.engine.ipynb #8045aea5
 class _Work:
     "What the thread does."
     @torch.inference_mode()
@@ -243,30 +246,29 @@ class _Work:
         while self._tasks: self._tasks.popleft()[1].set_exception(ServerError(self.ended))
 
     def _turn(self):
-        while self._tasks: self._exclusive(*self._tasks.popleft())
+        if self._tasks: self._exclusive(*self._tasks.popleft())  # one between two steps, so that answers go on
         for slot, job in list(self._at.items()):
             if job.cancelled: self._leave(slot); self.stats.cancelled += 1
         self._admit()
         self._read()
-        writing = {slot: job for slot, job in self._at.items() if job.said}
-        if writing: self._write(writing)
+        if writing := {slot: job for slot, job in self._at.items() if job.said}: self._write(writing)
 
     def _read(self):
         room = self.budget
         for slot, job in list(self._at.items()):
             while slot in self._at and job.read < len(job.prompt) and room > 0:
                 start = job.read
-                try: job.read, logits = self.slots.read(slot, job.prompt, start, job.rows is not None)
+                try:
+                    job.read, logits = self.slots.read(slot, job.prompt, start, job.rows is not None)
+                    if job.rows: self.words.prompt(job, start, logits)
                 except Exception as e: self._fail(slot, e); break
                 room -= job.read - start
                 self.stats.prompt_tokens += job.read - start
-                if job.rows: self.words.prompt(job, start, logits)
                 if job.read == len(job.prompt): self._begin(slot, job, logits[-1:])
 
     def _begin(self, slot, job, logits):
         if job.sampling.max_tokens: return self._advance({slot: job}, logits)
-        job.tell(Piece('', finish='length', prompt=job.rows))
-        self._leave(slot)
+        job.tell(Piece('', finish='length', prompt=job.rows)); self._leave(slot)
 
     def _write(self, writing: dict[int, Job]):
         try: logits = self.slots.step({slot: job.said[-1] for slot, job in writing.items()})
@@ -277,9 +279,13 @@ class _Work:
 
     def _advance(self, writing: dict[int, Job], logits: torch.Tensor):
         self.stats.steps += 1
-        for slot, job, piece in zip(writing, writing.values(), self.words.choose([*writing.values()], logits)):
-            self.stats.tokens += piece.finish != 'error'
+        try: pieces = self.words.choose([*writing.values()], logits)
+        except Exception as e:
+            if len(writing) == 1: return self._fail(*writing, e)
+            return [self._advance({slot: writing[slot]}, logits[n:n + 1]) for n, slot in enumerate(writing)]
+        for slot, job, piece in zip(writing, writing.values(), pieces):
             if piece.finish == 'error': self._fail(slot); continue
+            self.stats.tokens += 1
             if piece.finish: self._leave(slot)
             job.tell(piece)
 
@@ -302,7 +308,7 @@ class _Work:
         try: future.set_result(work())
         except Exception as e: future.set_exception(e)
 
-# %% ../../nbs/10_serving.engine.ipynb #f6d1f619
+# %% ../../nbs/10_serving.engine.ipynb #0e161833
 def _memory(device: torch.device) -> float: # Bytes that are free, inf if nobody can tell
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(ValueError, OSError, AttributeError):
@@ -332,7 +338,7 @@ class Engine(_Line, _Work):
             raise ServerError(f'keys and values of one answer of {self.max_context} tokens need {each/1e9:.1f} GB, and '
                               f'{room/1e9:.1f} GB are there; lower max_context')
         self.size, self.stats, self.words = min(slots, int(room//each)), Stats(), Words(model, tokenizer)
-        self._waiting, self._at, self._tasks = deque(), {}, deque()
+        self._waiting, self._at, self._tasks, self._gone = deque(), {}, deque(), False
         self._work, self.ended, ready = threading.Condition(), None, Future()  # why the engine answers no more
         self._thread = threading.Thread(target=self._run, args=[model, fused, ready], name='engine', daemon=True)
         self._thread.start()
@@ -384,7 +390,7 @@ class Engine(_Line, _Work):
         jobs = [*self._at.values()]
         return {'running': len(jobs), 'waiting': len(self._waiting), 'tokens': sum(j.read + len(j.said) for j in jobs)}
 
-    def cancel(self, job: Job) -> None: job.cancelled = True
+    def cancel(self, job: Job) -> None: job.cancelled = self._gone = True
 
     def close(self, drain: float = 0.) -> None: # Seconds that answers may still take
         "End all answers and the thread."
