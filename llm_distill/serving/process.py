@@ -37,7 +37,7 @@ def _take_port(host: str, port: int) -> socket.socket:
         raise ServerError(f'cannot listen on {host}:{port} ({e}); choose another port, or 0 for any free one') from e
     return taken
 
-# %% ../../nbs/10_serving.process.ipynb #99f7356a
+# %% ../../nbs/10_serving.process.ipynb #e9a8521f
 _TYPES = 'float32', 'bfloat16', 'float16'
 
 def run_server(
@@ -54,6 +54,8 @@ def run_server(
     api_keys: Sequence[str] = (), # Any of them lets in; none: everybody may
     insecure: bool = False,     # Listen beyond this machine without a key
     cors: Sequence[str] = (),   # Origins whose web pages may ask, "*" for all
+    grace: float = 30.,         # Seconds that answers on their way may still take when the server is told to end
+    patience: float = 30.,      # Seconds to wait for a client that does nothing
 ) -> None:                      # Raises `BadInput`, `ServerError` for a port in use, `NoSuchModel` for a wrong folder
     "Serve a model until interrupted."
     _check_host(host, api_keys, insecure)
@@ -61,23 +63,19 @@ def run_server(
     from llm_distill.models import find_model, load_model, load_tokenizer
     if slots < 1: raise BadInput(f'slots must be 1 or more, not {slots}')
     with _take_port(host, port) as taken:
-        import uvicorn
         from llm_distill.serving.app import create_app
+        from llm_distill.serving.connections import Listener
         from llm_distill.serving.engine import Engine
         from llm_distill.serving.service import Service
         place = find_model(model)
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets=None):
-                await super().startup(sockets)
-                if on_ready: on_ready(f'http://{host}:{taken.getsockname()[1]}/v1')
 
         import torch
         tokenizer, loaded = load_tokenizer(place), load_model(place, device, dtype and getattr(torch, dtype))
         engine = Engine(loaded, tokenizer, slots, max_context, fused=True)
         service = Service(engine, tokenizer, name or Path(place).resolve().name, max_logprobs)
-        app = create_app(service, api_keys, cors)
-        try: Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5)).run(sockets=[taken])
+        app = create_app(service, api_keys, cors, patience=patience)
+        def ready(): on_ready and on_ready(f'http://{host}:{taken.getsockname()[1]}/v1')
+        try: Listener(app, taken, ready, grace, patience).run()
         finally: engine.close()
 
 # %% ../../nbs/10_serving.process.ipynb #69231ca1
