@@ -115,13 +115,13 @@ def force(
             except BadInput as e: raise BadInput(f"tools: {f['name']}: {e}") from None
         raise BadInput(f'tools: {whole}') from None
 
-# %% ../../nbs/10_serving.tools.ipynb #5e8029b4
+# %% ../../nbs/10_serving.tools.ipynb #dce29349
 def _text(content) -> str:
     return content if isinstance(content, str) else ''.join(p.get('text', '') for p in content or [])
 
 def _arguments(text: str):
     try: return json.loads(text)
-    except (ValueError, TypeError): return text
+    except (ValueError, TypeError, RecursionError): return text
 
 def _call(call: dict) -> dict:
     function = {'name': call['function']['name'], 'arguments': _arguments(call['function'].get('arguments'))}
