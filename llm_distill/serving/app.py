@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POSTS', 'OPEN', 'create_app']
 
-# %% ../../nbs/10_serving.app.ipynb #73c4cbcd
+# %% ../../nbs/10_serving.app.ipynb #ae316e20
 import asyncio
 import hashlib
 import hmac
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -129,23 +129,50 @@ def _metrics(service: Service, answered: Counter) -> str:
     lines += [f'llm_distill_http_responses_total{{status="{s}"}} {n}' for s, n in sorted(answered.items())]
     return '\n'.join(lines) + '\n'
 
-# %% ../../nbs/10_serving.app.ipynb #7f53c8f6
+# %% ../../nbs/10_serving.app.ipynb #b1f3e8f9
 POSTS = {'/v1/chat/completions': (ChatRequest, 'chat'), '/v1/completions': (CompletionRequest, 'complete'),
          '/v1/embeddings': (EmbeddingRequest, 'embed'), '/generate': (GenerateRequest, 'generate'),
          '/logits': (LogitsRequest, 'logits')}
 OPEN = '/', '/health', '/docs', '/openapi.json'  # without a key
 
-def _document(app: FastAPI):
-    "The routes with what their bodies may hold, for /docs."
-    schemas, definitions = models_json_schema([(kind, 'validation') for kind, _ in POSTS.values()],
-                                              ref_template='#/components/schemas/{model}')
+def _replies() -> dict: # By path, OpenAI's own forms
+    from openai.types import Completion, CreateEmbeddingResponse, Model
+    from openai.types.chat import ChatCompletion
+    return {'/v1/chat/completions': ChatCompletion, '/v1/completions': Completion,
+            '/v1/embeddings': CreateEmbeddingResponse, '/v1/models/{name}': Model}
+
+_ERROR = {'type': 'object', 'required': ['error'], 'properties': {'error': {
+    'type': 'object', 'required': ['message', 'type', 'param', 'code'], 'properties': {
+        'message': {'type': 'string'}, 'type': {'type': 'string'}, 'param': {'type': ['string', 'null']},
+        'code': {'type': ['string', 'null']}}}}}
+
+def _document(app: FastAPI, keyed: bool):
+    "The routes with what bodies and replies hold, for /docs."
     plain = app.openapi
+    def json_of(schema): return {'application/json': {'schema': schema}}
     def openapi():
+        if app.openapi_schema: return app.openapi_schema
+        asked = {p: (k, 'validation') for p, (k, _) in POSTS.items()}
+        told = {p: (k, 'validation') for p, k in _replies().items()}
+        schemas, definitions = models_json_schema([*asked.values(), *told.values()],
+                                                  ref_template='#/components/schemas/{model}')
         found = plain()
-        found.setdefault('components', {}).setdefault('schemas', {}).update(definitions.get('$defs', {}))
-        for path, (kind, _) in POSTS.items():
-            content = {'application/json': {'schema': schemas[kind, 'validation']}}
-            found['paths'][path]['post']['requestBody'] = {'required': True, 'content': content}
+        parts = found.setdefault('components', {})
+        parts['schemas'] = definitions['$defs'] | {'Error': _ERROR}
+        if keyed: parts['securitySchemes'] = {'key': {'type': 'http', 'scheme': 'bearer'}}
+        for path, methods in found['paths'].items():
+            for method, says in methods.items():
+                reply = says['responses']['200']
+                says['responses'] = {'200': reply}
+                if path not in OPEN or method == 'post':
+                    error = {'description': 'Error', 'content': json_of({'$ref': '#/components/schemas/Error'})}
+                    says['responses'] |= {'4XX': error, '5XX': error}
+                    if keyed: says['security'] = [{'key': []}]
+                if path in told: reply['content'] = json_of(schemas[told[path]])
+                if path not in asked: continue
+                says['requestBody'] = {'required': True, 'content': json_of(schemas[asked[path]])}
+                if path in told and path != '/v1/embeddings':
+                    reply['content']['text/event-stream'] = {'schema': {'type': 'string'}}
         return found
     app.openapi = openapi
 
@@ -180,7 +207,7 @@ def _add_gets(app: FastAPI, service: Service, answered: Counter):
         if name in service.names: return model_card(service.name, created)
         return _answer(error_body(f'no model {name!r} here, only {service.name!r}', 'model', 'model_not_found'), 404)
 
-    @app.get('/metrics')
+    @app.get('/metrics', response_class=PlainTextResponse)
     async def metrics(): return Response(_metrics(service, answered), media_type='text/plain; version=0.0.4')
 
 # %% ../../nbs/10_serving.app.ipynb #09c8f14f
@@ -222,7 +249,7 @@ class _Door:
                 refused = _answer(said, 403)
         await (refused or self.app)(scope, receive, counted)
 
-# %% ../../nbs/10_serving.app.ipynb #acf920fb
+# %% ../../nbs/10_serving.app.ipynb #7d610d5d
 def create_app(
     service: Service,
     api_keys: Sequence[str] = (), # Any of them lets in; none: everybody may
@@ -237,7 +264,7 @@ def create_app(
         app.add_exception_handler(kind, _refusal)
     _add_posts(app, service, _Bodies(max_body, patience))
     _add_gets(app, service, answered)
-    _document(app)
+    _document(app, bool(api_keys))
     app.add_middleware(_Door, digests=_digests(api_keys), cors=list(cors), answered=answered)
     if cors: app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=['*'], allow_headers=['*'])
     return app

@@ -182,7 +182,7 @@ def masks(
     unpacked = np.unpackbits(packed, axis=1, count=matchers[0].width, bitorder='little')
     return torch.from_numpy(unpacked.view(bool))
 
-# %% ../../nbs/10_serving.constrain.ipynb #eea3d615
+# %% ../../nbs/10_serving.constrain.ipynb #3ac920f8
 def _first_line(said: str) -> str: return ' '.join(said.split('<state>')[0].split())[:300]
 
 def _unsupported(said: str) -> str:
@@ -215,6 +215,8 @@ class Constraints:
         words = _Vocabulary(self.tokenizer, self.width, self.ends)
         self.width = len(words.tokens)
         return LLTokenizer(TokenizerWrapper(words), eos_token=sorted(self.ends), slices=LLTokenizer.json_slices())
+
+    def prepare(self) -> None: self._tokens  # noqa: B018
 
     def _compile(self, grammar: str):
         from llguidance import LLMatcher

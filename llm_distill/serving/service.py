@@ -137,7 +137,7 @@ def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 def _deltas(parser: CallParser, piece: Piece) -> list[dict]:
     return parser.feed(piece.text) + (parser.finish() if piece.finish else [])
 
-# %% ../../nbs/10_serving.service.ipynb #a534f49b
+# %% ../../nbs/10_serving.service.ipynb #cd3e4e67
 class _Completions(_Reading):
     "`POST /v1/completions`."
     async def complete(self, body: CompletionRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -158,7 +158,9 @@ class _Completions(_Reading):
 
     def _prompts(self, given) -> tuple[list[list[int]], list[str]]:
         "Prompts as token ids and as texts."
-        return [self.ids(p) for p in given], [p if isinstance(p, str) else self.tokenizer.decode(p) for p in given]
+        prompts = [self.ids(p) for p in given]
+        for ids in prompts: self._fits(ids, Sampling(0), 'prompt')  # to decode a million ids takes a second
+        return prompts, [p if isinstance(p, str) else self.tokenizer.decode(p) for p in given]
 
     def _text(self, answers, reply, texts, body) -> dict:
         n, kept, rows, tokens = body.n or 1, [], [], sum(pieces[-1].tokens for pieces in answers)
@@ -293,7 +295,7 @@ def _in_base64(data: bytes) -> tuple[bytes, bytes]: # What is left over, and the
 def _in_json(rows: np.ndarray) -> bytes: # (n, V), as n lists
     return b','.join(orjson.dumps(np.ascontiguousarray(row), option=orjson.OPT_SERIALIZE_NUMPY) for row in rows)
 
-# %% ../../nbs/10_serving.service.ipynb #7fdcfbe1
+# %% ../../nbs/10_serving.service.ipynb #532517ed
 class Service(_Chats, _Completions, _Vectors):
     "All that a model can be asked."
     def __init__(
@@ -311,3 +313,4 @@ class Service(_Chats, _Completions, _Vectors):
         self.room, self.longest = Room(4*rows), max(map(len, engine.words.bytes_of))
         self._wide, self._reading = asyncio.Semaphore(2), 0  # texts whose logits are sent, texts that wait to be read
         self.constraints, self.started = Constraints(tokenizer, engine.words.size, engine.words.ends), time.time()
+        self.constraints.prepare()  # now, as nobody else gets Python's lock meanwhile
