@@ -75,7 +75,7 @@ def _in_parts(data: dict) -> Response:
 def _long(data: dict) -> bool:
     return 'data' in data or any(c.get('logprobs') or c.get('prompt_logprobs') for c in data.get('choices', ()))
 
-# %% ../../nbs/10_serving.app.ipynb #100d0090
+# %% ../../nbs/10_serving.app.ipynb #d3012426
 async def _events(chunks: Chunks):
     "Chunks as server-sent events, all that are there in one go."
     def event(data) -> bytes: return b'data: ' + orjson.dumps(data) + b'\n\n'
@@ -108,7 +108,8 @@ async def _unless_gone(request: Request, work):
 async def _refusal(request: Request, error: Exception) -> Response:
     "Any error in OpenAI's form."
     if isinstance(error, ClientDisconnect): return Response(status_code=499)  # nobody reads it, but it is counted
-    if isinstance(error, HTTPException): return _answer(error_body(str(error.detail)), error.status_code)
+    if isinstance(error, HTTPException):
+        return _answer(error_body(str(error.detail)), error.status_code, **error.headers or {})
     if isinstance(error, Refused): return _answer(error.body, error.status)
     if isinstance(error, BadInput): return _answer(error_body(str(error)), 400)
     if isinstance(error, ServerBusy):
@@ -129,7 +130,7 @@ def _metrics(service: Service, answered: Counter) -> str:
     lines += [f'llm_distill_http_responses_total{{status="{s}"}} {n}' for s, n in sorted(answered.items())]
     return '\n'.join(lines) + '\n'
 
-# %% ../../nbs/10_serving.app.ipynb #b1f3e8f9
+# %% ../../nbs/10_serving.app.ipynb #c0869f18
 POSTS = {'/v1/chat/completions': (ChatRequest, 'chat'), '/v1/completions': (CompletionRequest, 'complete'),
          '/v1/embeddings': (EmbeddingRequest, 'embed'), '/generate': (GenerateRequest, 'generate'),
          '/logits': (LogitsRequest, 'logits')}
@@ -172,7 +173,7 @@ def _document(app: FastAPI, keyed: bool):
                 if path not in asked: continue
                 says['requestBody'] = {'required': True, 'content': json_of(schemas[asked[path]])}
                 if path in told and path != '/v1/embeddings':
-                    reply['content']['text/event-stream'] = {'schema': {'type': 'string'}}
+                    reply['content']['text/event-stream'] = {}
         return found
     app.openapi = openapi
 
