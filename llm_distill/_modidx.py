@@ -709,6 +709,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llm_distill.serving.app._replies': ('serving.app.html#_replies', 'llm_distill/serving/app.py'),
                                          'llm_distill.serving.app._unless_gone': ( 'serving.app.html#_unless_gone',
                                                                                    'llm_distill/serving/app.py'),
+                                         'llm_distill.serving.app._with_nulls': ( 'serving.app.html#_with_nulls',
+                                                                                  'llm_distill/serving/app.py'),
                                          'llm_distill.serving.app.create_app': ( 'serving.app.html#create_app',
                                                                                  'llm_distill/serving/app.py')},
             'llm_distill.serving.connections': { 'llm_distill.serving.connections.Listener': ( 'serving.connections.html#listener',

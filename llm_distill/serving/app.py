@@ -130,7 +130,7 @@ def _metrics(service: Service, answered: Counter) -> str:
     lines += [f'llm_distill_http_responses_total{{status="{s}"}} {n}' for s, n in sorted(answered.items())]
     return '\n'.join(lines) + '\n'
 
-# %% ../../nbs/10_serving.app.ipynb #c0869f18
+# %% ../../nbs/10_serving.app.ipynb #f44ba447
 POSTS = {'/v1/chat/completions': (ChatRequest, 'chat'), '/v1/completions': (CompletionRequest, 'complete'),
          '/v1/embeddings': (EmbeddingRequest, 'embed'), '/generate': (GenerateRequest, 'generate'),
          '/logits': (LogitsRequest, 'logits')}
@@ -141,6 +141,14 @@ def _replies() -> dict: # By path, OpenAI's own forms
     from openai.types.chat import ChatCompletion
     return {'/v1/chat/completions': ChatCompletion, '/v1/completions': Completion,
             '/v1/embeddings': CreateEmbeddingResponse, '/v1/models/{name}': Model}
+
+def _with_nulls(forms: dict) -> None:
+    "The first token of a prompt has no logprob: a null at OpenAI too, though its SDK's types do not say so."
+    for form in forms.values():
+        fields = form.get('properties', {})
+        for name in ('token_logprobs', 'top_logprobs') if 'text_offset' in fields else ():
+            for kind in fields[name]['anyOf']:
+                if 'items' in kind: kind['items'] = {'anyOf': [kind['items'], {'type': 'null'}]}
 
 _ERROR = {'type': 'object', 'required': ['error'], 'properties': {'error': {
     'type': 'object', 'required': ['message', 'type', 'param', 'code'], 'properties': {
@@ -157,6 +165,7 @@ def _document(app: FastAPI, keyed: bool):
         told = {p: (k, 'validation') for p, k in _replies().items()}
         schemas, definitions = models_json_schema([*asked.values(), *told.values()],
                                                   ref_template='#/components/schemas/{model}')
+        _with_nulls(definitions['$defs'])
         found = plain()
         parts = found.setdefault('components', {})
         parts['schemas'] = definitions['$defs'] | {'Error': _ERROR}
