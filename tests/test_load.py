@@ -32,7 +32,7 @@ from llm_distill.serving.service import Service
 from llm_distill.types import BadInput
 
 sys.path.insert(0, str(ROOT/'tests/benchmarks'))
-from load import KEY, LIMIT, complaints, figures, run_load, show, tiny_model  # noqa: E402
+from load import KEY, LIMIT, Clients, complaints, figures, run_load, show, tiny_model  # noqa: E402
 
 HI = {'model': 'm', 'messages': [{'role': 'user', 'content': 'Hi'}], 'max_tokens': 4}
 LONG = HI | {'max_tokens': 900, 'ignore_eos': True, 'stream': True}
@@ -102,7 +102,7 @@ def test_fifty_clients_of_all_kinds(folder):
     report = run_load(str(folder), clients=50, seconds=15)
     show(report)
     assert complaints(report) == []
-    assert sum(sum(c.values()) for c in report['seen'].values()) > 60
+    assert report['seen'].keys() == Clients.KINDS.keys() and report['health']
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_a_body_that_is_too_long(server):
     status, body = reply(server, head(Content_Length=LIMIT + 1) + b'{')
     assert (status, body['error']['code']) == (413, 'too_large')
     chunk = b'10000\r\n' + b' '*0x10000 + b'\r\n'
-    with connection(server, head(Transfer_Encoding='chunked')) as s:
+    with connection(server, head(Transfer_Encoding='chunked', Connection='keep-alive')) as s:
         said = []
         reader = threading.Thread(target=lambda: said.append(s.recv(4096)))
         reader.start()
@@ -262,7 +262,6 @@ def test_who_reads_slowly_blocks_nobody_and_is_let_go(server):
     body = orjson.dumps(LONG | {'n': 16, 'logprobs': True, 'top_logprobs': 20})
     with connection(server, head(Content_Length=len(body)) + body, small=True) as s:
         assert s.recv(12) == b'HTTP/1.1 200'
-        assert until(lambda: metrics(server)['running'] or True)
         assert ask(server, HI)[0] == 200
         assert idle(server)  # all of it is written, read or not
         time.sleep(5)
