@@ -2,8 +2,9 @@
 
     python tests/benchmarks/load.py --clients 200 --minutes 10
 
-A server in a process of its own, clients in this one, and a third that asks after its health all the time. Ends with 1
-where a status is not the one that was due, an answer is left behind, or memory grows.
+A server in a process of its own, clients in this one, and a third that asks after its health all the time, and after that
+of a server that does nothing else, for a machine may be slow by itself. Ends with 1 where a status is not the one that
+was due, an answer is left behind, memory grows, or health takes too long.
 """
 import argparse
 import asyncio
@@ -22,21 +23,36 @@ import aiohttp
 import psutil
 
 KEY, LIMIT = 'the-key', 8_000_000
+IDLE = '''
+import asyncio
+async def answer(reader, writer):
+    try:
+        while await reader.readuntil(b'\\r\\n\\r\\n'):
+            writer.write(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok')
+    except asyncio.IncompleteReadError: writer.close()
+async def main():
+    server = await asyncio.start_server(answer, '127.0.0.1', 0)
+    print('%s:%s' % server.sockets[0].getsockname(), flush=True)
+    await server.serve_forever()
+asyncio.run(main())
+'''
 PROBE = '''
 import http.client, json, sys, time
-host, port = sys.argv[1].split(':')
-kept, took = http.client.HTTPConnection(host, int(port), timeout=30), []
-def ask(connection):
+took = [[], []]
+def open_to(place): return http.client.HTTPConnection(*place.split(':'), timeout=60)
+def ask(connection, which):
     began = time.perf_counter()
     connection.request('GET', '/health')
     reply = connection.getresponse(); reply.read()
-    took.append((time.time(), 1e3*(time.perf_counter() - began), reply.status))
+    took[which].append((1e3*(time.perf_counter() - began), reply.status))
+kept = [open_to(place) for place in sys.argv[1:3]]
 print('ready', flush=True)
-until = time.monotonic() + float(sys.argv[2])
+until = time.monotonic() + float(sys.argv[3])
 while time.monotonic() < until:
-    ask(kept)
-    new = http.client.HTTPConnection(host, int(port), timeout=30)
-    ask(new); new.close()
+    for which in (0, 1):
+        ask(kept[which], which)
+        new = open_to(sys.argv[1 + which])
+        ask(new, which); new.close()
     time.sleep(.1)
 print(json.dumps(took))
 '''
@@ -199,19 +215,21 @@ async def _load(server, model: str, clients: int, seconds: float) -> dict:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         who = [Clients(server.url, model, session, i) for i in range(clients)]
         for kind in Clients.KINDS: await who[0].do(kind)  # each at least once, and the first seconds are not counted
-        probe = subprocess.Popen([sys.executable, '-c', PROBE, root.removeprefix('http://'), str(seconds)],
-                                 stdout=subprocess.PIPE, text=True)
+        def start(*words): return subprocess.Popen([sys.executable, '-c', *words], stdout=subprocess.PIPE, text=True)
+        idle = start(IDLE)
+        probe = start(PROBE, root.removeprefix('http://'), idle.stdout.readline().strip(), str(seconds))
         assert probe.stdout.readline().strip() == 'ready'
-        sizes, began = [], time.time()
+        sizes = []
         until = time.monotonic() + seconds
         await asyncio.gather(_watch(server, until, sizes), *(c.one(until) for c in who))
-        health = json.loads((await asyncio.to_thread(probe.communicate))[0])
+        health, machine = json.loads((await asyncio.to_thread(probe.communicate))[0])
+        idle.kill(); idle.communicate()
         end = await _at_the_end(session, root)
     seen, took = defaultdict(Counter), defaultdict(list)
     for c in who:
         for kind in c.seen: seen[kind] += c.seen[kind]; took[kind] += c.took[kind]
     return {'clients': clients, 'seconds': seconds, 'seen': seen, 'took': took, 'rss': sizes, 'end': end,
-            'health': [(t - began, ms, s) for t, ms, s in health], 'problems': [p for c in who for p in c.problems]}
+            'health': health, 'machine': machine, 'problems': [p for c in who for p in c.problems]}
 
 
 def run_load(model: str, clients: int = 200, seconds: float = 600, **options) -> dict:
@@ -229,8 +247,8 @@ def complaints(report: dict, most_ms: float|None = None) -> list[str]:
     out += [f'{n:.0f} times {name}' for name, n in end.items() if name.startswith('http_responses_total{status="5')]
     left = 'running', 'waiting', 'tokens', 'errors_total'
     out += [f'{name} is {end[name]:.0f} at the end' for name in left if end[name]]
-    if any(status != 200 for *_, status in report['health']): out.append('not always healthy')
-    worst = max(ms for _, ms, _ in report['health'])
+    if any(status != 200 for _, status in report['health']): out.append('not always healthy')
+    worst = max(ms for ms, _ in report['health'])
     if most_ms and worst > most_ms: out.append(f'health took {worst:.0f} ms')
     if len(rss) >= 20:
         first, second = statistics.median(rss[len(rss)//5:len(rss)//2]), statistics.median(rss[-len(rss)//4:])
@@ -250,10 +268,12 @@ def show(report: dict):
     for kind in Clients.KINDS:
         counts = ', '.join(f'{s}: {n:,}' for s, n in sorted(report['seen'][kind].items(), key=str))
         print(f'| {kind} | {counts} | {_at(report["took"][kind], .5):.2f} | {_at(report["took"][kind], .99):.2f} |')
-    ms, rss, end = [ms for _, ms, _ in report['health']], report['rss'], report['end']
+    ms, rss, end = [ms for ms, _ in report['health']], report['rss'], report['end']
+    bare = [ms for ms, _ in report['machine']]
     total = sum(sum(counts.values()) for counts in report['seen'].values())
     print(f'\n{total:,} requests. /health, {len(ms):,} times: median {_at(ms, .5):.1f} ms, p99 {_at(ms, .99):.1f}, '
-          f'most {max(ms):.1f}')
+          f'most {max(ms):.1f}\nanother that does nothing else: median {_at(bare, .5):.1f} ms, p99 {_at(bare, .99):.1f}, '
+          f'most {max(bare):.1f}')
     print('memory, MiB: ' + ', '.join(f'{rss[i]:.0f}' for i in range(0, len(rss), max(1, len(rss)//12))))
     always = 'running', 'waiting', 'tokens'
     print('at the end: ' + ', '.join(f'{name} {n:,.0f}' for name, n in end.items() if n or name in always))
