@@ -3,8 +3,8 @@
     python tests/benchmarks/load.py --clients 200 --minutes 10
 
 A server in a process of its own, clients in this one, and a third that asks after its health all the time, and after
-that of a server that does nothing else, for a machine may be slow by itself. Ends with 1 where a status is not the one that
-was due, an answer is left behind, memory grows, or health takes too long.
+that of a server that does nothing else, for a machine may be slow by itself. Ends with 1 where a status is not the one
+that was due, an answer is left behind, memory grows, or health takes too long.
 """
 import argparse
 import asyncio
@@ -273,7 +273,8 @@ def show(report: dict):
     total = sum(sum(counts.values()) for counts in report['seen'].values())
     print(f'\n{total:,} requests. /health, {len(ms):,} times: median {_at(ms, .5):.1f} ms, p99 {_at(ms, .99):.1f}, '
           f'most {max(ms):.1f}')
-    print(f'a server that does nothing else: median {_at(bare, .5):.1f} ms, p99 {_at(bare, .99):.1f}, most {max(bare):.1f}')
+    print(f'a server that does nothing else: median {_at(bare, .5):.1f} ms, p99 {_at(bare, .99):.1f}, '
+          f'most {max(bare):.1f}')
     print('memory, MiB: ' + ', '.join(f'{rss[i]:.0f}' for i in range(0, len(rss), max(1, len(rss)//12))))
     always = 'running', 'waiting', 'tokens'
     print('at the end: ' + ', '.join(f'{name} {n:,.0f}' for name, n in end.items() if n or name in always))
