@@ -125,6 +125,7 @@ class Clients:
 
     async def bytewise(self, reader, writer, rest):
         for at in range(30):
+            if writer.is_closing(): return  # the server's patience was at its end
             writer.write(rest[at:at + 1])
             await asyncio.sleep(.1)
 
