@@ -14,7 +14,7 @@ from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from llm_distill.serving.engine import Piece, PromptRows
+from llm_distill.serving.words import Piece, PromptRows
 from llm_distill.serving.protocol import (ChatRequest, CompletionRequest, EmbeddingRequest, Limits, Refused, error_body,
                                           explain, read_body)
 from llm_distill.serving.replies import LOWEST, ChatReply, TextReply, best_answers, embeddings_reply, models_reply

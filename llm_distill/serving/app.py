@@ -5,79 +5,111 @@
 # %% auto #0
 __all__ = ['POSTS', 'OPEN', 'TRANSCRIPTIONS', 'create_app']
 
-# %% ../../nbs/10_serving.app.ipynb #9f5b7aa6
+# %% ../../nbs/10_serving.app.ipynb #80ebeaf1
 import asyncio
 import hashlib
 import hmac
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from urllib.parse import urlsplit
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
+from .drafts import Chunks, Parts
 from .protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Refused, error_body, read_body
 from .replies import model_card, models_reply
-from .service import GenerateRequest, LogitsRequest, Service
+from .service import GenerateRequest, LogitsRequest, Service, refusal
 from .transcripts import TranscriptionRequest, form_fields
 from ..types import BadInput, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.app.ipynb #f4998d8c
+# %% ../../nbs/10_serving.app.ipynb #68772ee1
+_SLOWEST = 16_000  # bytes of a body that must come in a second, after the patience that everybody has
+
+class _Bodies:
+    "Reads and checks what clients send."
+    def __init__(self, most: int, patience: float): # Bytes of one, seconds
+        self.most, self.patience, self.held, self.turn = most, patience, 0, asyncio.Semaphore(1)
+
+    async def read(self, request: Request, kind, limits):
+        "A request; raises `Refused`, `ServerBusy`, or `ClientDisconnect`."
+        data = bytearray()
+        try:
+            await self._fill(data, request, self.most)
+            if len(data) < 16_384: return read_body(kind, bytes(data), limits)
+            async with self.turn: return await asyncio.to_thread(read_body, kind, bytes(data), limits)
+        finally: self.held -= len(data)
+
+    async def form(self, request: Request, most: int) -> tuple[dict, bytes]:
+        "The fields of a form and the file in it; raises what `read` raises and, for a broken form, `HTTPException`."
+        if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
+            raise refusal('Send a form (multipart/form-data) with the audio in it as a file.')
+        data = bytearray()
+        try:
+            await self._fill(data, request, most)
+            async def receive(): return {'type': 'http.request', 'body': bytes(data), 'more_body': False}
+            async with Request(request.scope, receive).form(max_files=1, max_fields=64) as form:
+                file, texts = form.get('file'), [(k, v) for k, v in form.multi_items() if isinstance(v, str)]
+                if file is None or isinstance(file, str):
+                    raise refusal("Missing required parameter: 'file'.", 'file', 'missing_required_parameter')
+                return form_fields(texts), await file.read()
+        finally: self.held -= len(data)
+
+    async def _fill(self, data: bytearray, request: Request, most: int) -> None:
+        length, began = request.headers.get('content-length', '0'), time.monotonic()
+        if length.isdigit() and int(length) > most: raise _too_long(most)
+        parts = aiter(request.stream())
+        while True:
+            left = self.patience + len(data)/_SLOWEST - (time.monotonic() - began)
+            try: part = await asyncio.wait_for(anext(parts, None), max(left, 0))
+            except asyncio.TimeoutError: raise refusal('The body came too slowly.', None, 'timeout', 408) from None
+            if part is None: return
+            data += part
+            self.held += len(part)
+            if len(data) > most: raise _too_long(most)
+            if self.held > 32*self.most: raise ServerBusy('too many long requests at a time; try again later', 5.)
+
+def _too_long(most: int) -> Refused:
+    return refusal(f'A body may have {most:,} bytes here, and this one has more.', None, 'too_large', 413)
+
+# %% ../../nbs/10_serving.app.ipynb #823a0e4b
 def _answer(data: dict, status: int = 200, **headers) -> Response:
     return Response(orjson.dumps(data), status, headers, media_type='application/json')
 
-def _limited(request: Request, most: int) -> Request: # Raises `Refused`, now or where it is read
-    "A request that is read up to a limit."
-    read = 0
-    said = f'The body is longer than the {most:,} bytes that this server takes.'
-    too_long = Refused(error_body(said, code='too_large'))
-    too_long.status = 413
-    length = request.headers.get('content-length', '0')
-    if length.isdigit() and int(length) > 4*most: raise too_long
-    async def receive():
-        nonlocal read
-        while True:
-            message = await request.receive()
-            read += len(message.get('body', b''))
-            if read <= most: return message
-            if read > 4*most or not message.get('more_body'): raise too_long
-    return Request(request.scope, receive)
+def _in_parts(data: dict) -> Response:
+    "The same, for an answer of some megabytes: no step holds Python's lock for long."
+    parts = {k: [orjson.Fragment(orjson.dumps(x)) for x in data[k]] for k in ('choices', 'data') if k in data}
+    return _answer(data | parts)
 
-async def _body(request: Request, most: int) -> bytes:
-    "All of a body; raises `Refused` for one that is too long."
-    return b''.join([chunk async for chunk in _limited(request, most).stream()])
+def _long(data: dict) -> bool:
+    return 'data' in data or any(c.get('logprobs') or c.get('prompt_logprobs') for c in data.get('choices', ()))
 
-async def _form(request: Request, most: int) -> tuple[dict, bytes]:
-    "The fields of a form and the file in it; raises `Refused` or, for a broken one, `HTTPException`."
-    request = _limited(request, most)
-    if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
-        raise Refused(error_body('Send a form (multipart/form-data) with the audio in it as a file.'))
-    async with request.form(max_files=1, max_fields=64) as form:
-        file, texts = form.get('file'), [(k, v) for k, v in form.multi_items() if isinstance(v, str)]
-        if file is None or isinstance(file, str):
-            raise Refused(error_body("Missing required parameter: 'file'.", 'file', 'missing_required_parameter'))
-        return form_fields(texts), await file.read()
-
-def _digest(key: str) -> bytes: return hashlib.sha256(key.encode(errors='surrogateescape')).digest()
-
-def _allowed(request: Request, digests: Sequence[bytes]) -> bool:
-    kind, _, key = request.headers.get('authorization', '').partition(' ')
-    given = _digest(key if kind.lower() == 'bearer' else '')
-    return any([hmac.compare_digest(given, d) for d in digests]) or not digests
-
-# %% ../../nbs/10_serving.app.ipynb #d9224d76
-async def _events(chunks: AsyncIterator[dict]):
-    "Chunks as server-sent events."
+# %% ../../nbs/10_serving.app.ipynb #d3012426
+async def _events(chunks: Chunks):
+    "Chunks as server-sent events, all that are there in one go."
     def event(data) -> bytes: return b'data: ' + orjson.dumps(data) + b'\n\n'
     try:
-        async for chunk in chunks: yield event(chunk)
+        async for some in chunks.batches: yield b''.join(map(event, some))
     except ServerError as e: yield event(error_body(str(e), kind='server_error'))
-    finally: await chunks.aclose()
     yield b'data: [DONE]\n\n'
+
+class _Stream(StreamingResponse):
+    "A reply in parts; nobody writes on when the client is gone."
+    def __init__(self, reply: Chunks|Parts):
+        self.reply, chunks = reply, isinstance(reply, Chunks)
+        super().__init__(_events(reply) if chunks else reply, headers={'cache-control': 'no-cache'} if chunks else None,
+                         media_type='text/event-stream' if chunks else 'application/json')
+
+    async def __call__(self, scope, receive, send):
+        try: await super().__call__(scope, receive, send)
+        finally: await self.reply.aclose()
 
 async def _unless_gone(request: Request, work):
     "The result of some work, or None if the client hangs up before it is done."
@@ -91,13 +123,16 @@ async def _unless_gone(request: Request, work):
 
 async def _refusal(request: Request, error: Exception) -> Response:
     "Any error in OpenAI's form."
-    if isinstance(error, HTTPException): return _answer(error_body(str(error.detail)), error.status_code)
+    if isinstance(error, ClientDisconnect): return Response(status_code=499)  # nobody reads it, but it is counted
+    if isinstance(error, HTTPException):
+        return _answer(error_body(str(error.detail)), error.status_code, **error.headers or {})
     if isinstance(error, Refused): return _answer(error.body, error.status)
     if isinstance(error, BadInput): return _answer(error_body(str(error)), 400)
     if isinstance(error, ServerBusy):
         return _answer(error_body(str(error), code='rate_limit_exceeded', kind='rate_limit_error'), 429,
                        **{'retry-after': str(round(error.retry_after))})
-    return _answer(error_body(str(error), kind='server_error'), 500)
+    said = str(error) if isinstance(error, ServerError) else 'an error in the server; its log says more'
+    return _answer(error_body(said, kind='server_error'), 500)
 
 # %% ../../nbs/10_serving.app.ipynb #c6f0f6bd
 def _metrics(service: Service, answered: Counter) -> str:
@@ -111,7 +146,7 @@ def _metrics(service: Service, answered: Counter) -> str:
     lines += [f'llm_distill_http_responses_total{{status="{s}"}} {n}' for s, n in sorted(answered.items())]
     return '\n'.join(lines) + '\n'
 
-# %% ../../nbs/10_serving.app.ipynb #96292d20
+# %% ../../nbs/10_serving.app.ipynb #7e4ba37b
 POSTS = {'/v1/chat/completions': (ChatRequest, 'chat'), '/v1/completions': (CompletionRequest, 'complete'),
          '/v1/embeddings': (EmbeddingRequest, 'embed'), '/generate': (GenerateRequest, 'generate'),
          '/logits': (LogitsRequest, 'logits')}
@@ -119,48 +154,82 @@ OPEN = '/', '/health', '/docs', '/openapi.json'  # without a key
 
 TRANSCRIPTIONS = '/v1/audio/transcriptions'
 
-def _document(app: FastAPI):
-    "The routes with what their bodies may hold, for /docs."
-    kinds = [*(kind for kind, _ in POSTS.values()), TranscriptionRequest]
-    schemas, definitions = models_json_schema([(kind, 'validation') for kind in kinds],
-                                              ref_template='#/components/schemas/{model}')
+def _replies() -> dict: # By path, OpenAI's own forms
+    from openai.types import Completion, CreateEmbeddingResponse, Model
+    from openai.types.chat import ChatCompletion
+    return {'/v1/chat/completions': ChatCompletion, '/v1/completions': Completion,
+            '/v1/embeddings': CreateEmbeddingResponse, '/v1/models/{name}': Model}
+
+def _with_nulls(forms: dict) -> None:
+    "The first token of a prompt has no logprob: a null at OpenAI too, though its SDK's types do not say so."
+    for form in forms.values():
+        fields = form.get('properties', {})
+        for name in ('token_logprobs', 'top_logprobs') if 'text_offset' in fields else ():
+            for kind in fields[name]['anyOf']:
+                if 'items' in kind: kind['items'] = {'anyOf': [kind['items'], {'type': 'null'}]}
+
+_ERROR = {'type': 'object', 'required': ['error'], 'properties': {'error': {
+    'type': 'object', 'required': ['message', 'type', 'param', 'code'], 'properties': {
+        'message': {'type': 'string'}, 'type': {'type': 'string'}, 'param': {'type': ['string', 'null']},
+        'code': {'type': ['string', 'null']}}}}}
+
+def _document(app: FastAPI, keyed: bool):
+    "The routes with what bodies and replies hold, for /docs."
     plain = app.openapi
+    def json_of(schema): return {'application/json': {'schema': schema}}
     def openapi():
+        if app.openapi_schema: return app.openapi_schema
+        asked = {p: (k, 'validation') for p, (k, _) in POSTS.items()}
+        told = {p: (k, 'validation') for p, k in _replies().items()}
+        heard = TranscriptionRequest, 'validation'
+        schemas, definitions = models_json_schema([*asked.values(), *told.values(), heard],
+                                                  ref_template='#/components/schemas/{model}')
+        _with_nulls(definitions['$defs'])
         found = plain()
-        found.setdefault('components', {}).setdefault('schemas', {}).update(definitions.get('$defs', {}))
-        for path, (kind, _) in POSTS.items():
-            content = {'application/json': {'schema': schemas[kind, 'validation']}}
-            found['paths'][path]['post']['requestBody'] = {'required': True, 'content': content}
+        parts = found.setdefault('components', {})
+        parts['schemas'] = definitions['$defs'] | {'Error': _ERROR}
+        if keyed: parts['securitySchemes'] = {'key': {'type': 'http', 'scheme': 'bearer'}}
+        for path, methods in found['paths'].items():
+            for method, says in methods.items():
+                reply = says['responses']['200']
+                says['responses'] = {'200': reply}
+                if path not in OPEN or method == 'post':
+                    error = {'description': 'Error', 'content': json_of({'$ref': '#/components/schemas/Error'})}
+                    says['responses'] |= {'4XX': error, '5XX': error}
+                    if keyed: says['security'] = [{'key': []}]
+                if path in told: reply['content'] = json_of(schemas[told[path]])
+                if path not in asked: continue
+                says['requestBody'] = {'required': True, 'content': json_of(schemas[asked[path]])}
+                if path in told and path != '/v1/embeddings':
+                    reply['content']['text/event-stream'] = {}
         file = {'type': 'object', 'required': ['file'], 'properties': {'file': {'type': 'string', 'format': 'binary'}}}
-        content = {'multipart/form-data': {'schema': {'allOf': [file, schemas[TranscriptionRequest, 'validation']]}}}
+        content = {'multipart/form-data': {'schema': {'allOf': [file, schemas[heard]]}}}
         found['paths'][TRANSCRIPTIONS]['post']['requestBody'] = {'required': True, 'content': content}
         return found
     app.openapi = openapi
 
-def _add_posts(app: FastAPI, service: Service, max_body: int):
+def _add_posts(app: FastAPI, service: Service, bodies: _Bodies):
     def route(kind, name):
         async def answer(request: Request):
-            body = read_body(kind, await _body(request, max_body), service.limits)
-            work = getattr(service, name)(body)
-            if getattr(body, 'stream', None):
-                return StreamingResponse(_events(await work), media_type='text/event-stream')
-            found = await _unless_gone(request, work)
-            return Response(status_code=499) if found is None else _answer(found)
+            body = await bodies.read(request, kind, service.limits)
+            found = await _unless_gone(request, getattr(service, name)(body))
+            if found is None: return Response(status_code=499)
+            if not isinstance(found, dict): return _Stream(found)
+            return await asyncio.to_thread(_in_parts, found) if _long(found) else _answer(found)
         return answer
     for path, (kind, name) in POSTS.items():
         app.post(path, summary=(getattr(Service, name).__doc__ or '').split(';')[0])(route(kind, name))
 
-def _add_transcriptions(app: FastAPI, service: Service, max_audio: int):
+def _add_transcriptions(app: FastAPI, service: Service, bodies: _Bodies, max_audio: int):
     @app.post(TRANSCRIPTIONS, summary='Write down what is said in a recording')
     async def transcribe(request: Request):
         if not hasattr(service, 'transcribe'):
-            raise Refused(error_body(f'{service.name!r} does not transcribe; serve a Whisper model.', 'model'))
-        fields, data = await _form(request, max_audio)
+            raise refusal(f'{service.name!r} does not transcribe; serve a Whisper model.', 'model')
+        fields, data = await bodies.form(request, max_audio)
         body = read_body(TranscriptionRequest, fields, service.limits)
-        work = service.transcribe(body, data)
-        if body.stream: return StreamingResponse(_events(await work), media_type='text/event-stream')
-        found = await _unless_gone(request, work)
+        found = await _unless_gone(request, service.transcribe(body, data))
         if found is None: return Response(status_code=499)
+        if isinstance(found, Chunks): return _Stream(found)
         return Response(found, media_type='text/plain') if isinstance(found, str) else _answer(found)
 
 def _add_gets(app: FastAPI, service: Service, answered: Counter):
@@ -182,41 +251,67 @@ def _add_gets(app: FastAPI, service: Service, answered: Counter):
         if name in service.names: return model_card(service.name, created)
         return _answer(error_body(f'no model {name!r} here, only {service.name!r}', 'model', 'model_not_found'), 404)
 
-    @app.get('/metrics')
+    @app.get('/metrics', response_class=PlainTextResponse)
     async def metrics(): return Response(_metrics(service, answered), media_type='text/plain; version=0.0.4')
 
-# %% ../../nbs/10_serving.app.ipynb #297da8a2
+# %% ../../nbs/10_serving.app.ipynb #09c8f14f
+def _digest(key: str|bytes) -> bytes: return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
+
+def _digests(keys: str|Sequence[str]) -> list[bytes]:
+    keys = [keys] if isinstance(keys, str) else list(keys)
+    if not all(isinstance(k, str) and k == k.strip() and k for k in keys):
+        raise BadInput('a key is a text that is not empty, without spaces around it')
+    return [_digest(k) for k in keys]
+
+def _allowed(header: bytes, digests: Sequence[bytes]) -> bool: # "Bearer KEY"
+    kind, _, key = header.partition(b' ')
+    given = _digest(key.strip() if kind.lower() == b'bearer' else b'')
+    return any([hmac.compare_digest(given, d) for d in digests]) or not digests
+
+def _foreign(headers: dict[bytes, bytes], cors: Sequence[str]) -> bool: # Whether a page from elsewhere asks
+    origin = headers.get(b'origin', b'').decode('latin-1')
+    own = urlsplit(origin).netloc.encode('latin-1') == headers.get(b'host')
+    return bool(origin) and not own and '*' not in cors and origin not in cors
+
 class _Door:
-    "Lets in who has a key, and counts what was answered; plain ASGI, so that streams pass untouched."
-    def __init__(self, app, keys: Sequence[str], answered: Counter):
-        self.app, self.digests, self.answered = app, [_digest(k) for k in keys], answered
+    "Lets in who may ask, and counts what was answered; plain ASGI, so that streams pass untouched."
+    def __init__(self, app, digests: Sequence[bytes], cors: Sequence[str], answered: Counter):
+        self.app, self.digests, self.cors, self.answered = app, digests, cors, answered
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         async def counted(message):
             if message['type'] == 'http.response.start': self.answered[message['status']] += 1
             await send(message)
-        request = Request(scope)
-        if request.url.path in OPEN or scope['method'] == 'OPTIONS' or _allowed(request, self.digests):
-            return await self.app(scope, receive, counted)
-        said = error_body('Incorrect API key: send it as "Authorization: Bearer KEY".', code='invalid_api_key')
-        await _answer(said, 401)(scope, receive, counted)
+        refused, headers = None, dict(scope['headers'])
+        if scope['path'] not in OPEN and scope['method'] != 'OPTIONS':
+            if not _allowed(headers.get(b'authorization', b''), self.digests):
+                said = error_body('Incorrect API key: send it as "Authorization: Bearer KEY".', code='invalid_api_key')
+                refused = _answer(said, 401, **{'www-authenticate': 'Bearer'})
+            elif not self.digests and _foreign(headers, self.cors):
+                said = error_body('Pages from elsewhere may not ask; start the server with --cors ORIGIN.')
+                refused = _answer(said, 403)
+        await (refused or self.app)(scope, receive, counted)
 
+# %% ../../nbs/10_serving.app.ipynb #3445ebc3
 def create_app(
     service: Service,
     api_keys: Sequence[str] = (), # Any of them lets in; none: everybody may
     cors: Sequence[str] = (),     # Origins whose pages may ask, "*" for all
     max_body: int = 8_000_000,    # Bytes of a request
     max_audio: int = 26_000_000,  # Bytes of one with a recording; OpenAI takes files of 25 MB
+    patience: float = 30.,        # Seconds that a body may take, and more for a long one
 ) -> FastAPI:
     "The HTTP face of a service."
     answered = Counter()
     app = FastAPI(title='llm_distill', description='An OpenAI-compatible server for students and local teachers.')
-    for kind in (BadInput, ServerError, HTTPException): app.add_exception_handler(kind, _refusal)
-    _add_posts(app, service, max_body)
-    _add_transcriptions(app, service, max_audio)
+    for kind in (BadInput, ServerError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _refusal)
+    bodies = _Bodies(max_body, patience)
+    _add_posts(app, service, bodies)
+    _add_transcriptions(app, service, bodies, max_audio)
     _add_gets(app, service, answered)
-    _document(app)
-    app.add_middleware(_Door, keys=api_keys, answered=answered)
+    _document(app, bool(api_keys))
+    app.add_middleware(_Door, digests=_digests(api_keys), cors=list(cors), answered=answered)
     if cors: app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=['*'], allow_headers=['*'])
     return app

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Gone', 'beam_search']
 
-# %% ../../nbs/10_serving.beams.ipynb #402efab9
+# %% ../../nbs/10_serving.beams.ipynb #f2fb8362
 import threading
 
 import torch
 from transformers import StoppingCriteria
 
-from .engine import Job, Piece, Words
+from .words import Job, Piece, Words
 from .sampling import Sampling
 
 # %% ../../nbs/10_serving.beams.ipynb #23a9b16b

@@ -182,7 +182,7 @@ def masks(
     unpacked = np.unpackbits(packed, axis=1, count=matchers[0].width, bitorder='little')
     return torch.from_numpy(unpacked.view(bool))
 
-# %% ../../nbs/10_serving.constrain.ipynb #40ba0a89
+# %% ../../nbs/10_serving.constrain.ipynb #3ac920f8
 def _first_line(said: str) -> str: return ' '.join(said.split('<state>')[0].split())[:300]
 
 def _unsupported(said: str) -> str:
@@ -191,6 +191,8 @@ def _unsupported(said: str) -> str:
     if keys: return f'not supported: {", ".join(json.loads(keys[1]))}'
     if 'recursion limit' in said: return 'it is nested too deeply'
     return _first_line(said).split(" Enable 'coerce_one_of'")[0].rstrip('. ')
+
+_LONGEST = 300_000  # characters of a grammar; OpenAI takes 120,000 of names and values
 
 class Constraints:
     "Constraints for the answers of one model."
@@ -214,6 +216,8 @@ class Constraints:
         self.width = len(words.tokens)
         return LLTokenizer(TokenizerWrapper(words), eos_token=sorted(self.ends), slices=LLTokenizer.json_slices())
 
+    def prepare(self) -> None: self._tokens  # noqa: B018
+
     def _compile(self, grammar: str):
         from llguidance import LLMatcher
         failed, said = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
@@ -230,6 +234,7 @@ class Constraints:
         grammar: str,  # From `schema_grammar` or `calls_grammar`
     ) -> Matcher:      # For one answer; raises `BadInput` that names what cannot be enforced
         "Start a constrained answer."
+        if len(grammar) > _LONGEST: raise BadInput(f'a schema has up to {_LONGEST:,} characters, not {len(grammar):,}')
         with self._lock:
             if grammar not in self._compiled: self._compiled[grammar] = self._compile(grammar)
             self._compiled.move_to_end(grammar)

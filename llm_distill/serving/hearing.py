@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recording', 'Marks', 'Window', 'Ear', 'Gone', 'Logprobs', 'Listen', 'Writer']
 
-# %% ../../nbs/10_serving.hearing.ipynb #1f0caa9a
+# %% ../../nbs/10_serving.hearing.ipynb #af571a80
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from .engine import TextStream
+from .words import TextStream
 from .transcripts import Segment, Transcript, words_of
 
-# %% ../../nbs/10_serving.hearing.ipynb #c3a1d128
+# %% ../../nbs/10_serving.hearing.ipynb #04bc597e
 @dataclass(eq=False)
 class Recording:
     "Something to be transcribed."
@@ -33,6 +33,8 @@ class Recording:
     tell: Callable|None = None  # Called with a text and its tokens, in the model's thread
     gone: threading.Event = field(default_factory=threading.Event) # Nobody waits any more
     done: Future = field(default_factory=Future)
+
+    def cancel(self) -> None: self.gone.set()
 
     @property
     def plain(self) -> bool: # Whether it can be heard together with others

@@ -82,7 +82,9 @@ def _open_seq2seq(options: ServeOptions) -> Service:
     return _open_other(seq2seq, options, batch_size=options.batch_size, max_model_len=options.max_model_len,
                        max_logprobs=options.max_logprobs)
 
-# %% ../../nbs/10_serving.loading.ipynb #5510a637
+# %% ../../nbs/10_serving.loading.ipynb #8912b5f4
+_QUEUE = 4096  # answers that may wait; a request may want many
+
 def open_service(
     options: ServeOptions,
     model=None,     # A loaded causal LM in place of `options.model`; stays as it is
@@ -98,7 +100,7 @@ def open_service(
     if options.prompt_template: tokenizer.chat_template = chat_template(options.prompt_template)
     if options.quantize == 'int8' and model.device.type == 'cpu': quantize_for_cpu(model)
     plain = not getattr(model, 'is_quantized', False) and not hasattr(model, 'hf_device_map')
-    engine = Engine(model, tokenizer, options.batch_size, options.max_model_len, max(options.max_concurrent, 1),
-                    fused=plain, compiled=options.torch_compile, static=options.static_cache, trace=options.profile)
+    engine = Engine(model, tokenizer, options.batch_size, options.max_model_len, _QUEUE, fused=plain,
+                    compiled=options.torch_compile, static=options.static_cache, trace=options.profile)
     name = options.name or Path(options.model).expanduser().resolve().name
-    return Service(engine, tokenizer, name, options.max_logprobs)
+    return Service(engine, tokenizer, name, options.max_logprobs, options.max_concurrent)

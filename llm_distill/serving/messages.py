@@ -6,12 +6,12 @@
 __all__ = ['AnyToolChoice', 'Part', 'ToolCall', 'ChatMessage', 'Tool', 'ToolChoice', 'AllowedTools', 'check_choice',
            'ResponseFormat']
 
-# %% ../../nbs/10_serving.messages.ipynb #fdc86598
+# %% ../../nbs/10_serving.messages.ipynb #02d7966d
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from .refusals import Flag, Form, refuse
+from .refusals import Flag, Form, refuse, some
 
 # %% ../../nbs/10_serving.messages.ipynb #c0d55de2
 class Part(Form):
@@ -46,16 +46,16 @@ class ToolCall(Form):
     type: Literal['function'] = 'function'
     function: _FunctionCall
 
-# %% ../../nbs/10_serving.messages.ipynb #71a17083
+# %% ../../nbs/10_serving.messages.ipynb #6c4f09ea
 class ChatMessage(Form):
     "One turn of a conversation."
     _ignored = frozenset({'annotations', 'parsed'})
     _neutral = {'audio': ((), 'these models read text'), 'function_call': ((), "use 'tool_calls'")}
     role: Literal['system', 'developer', 'user', 'assistant', 'tool']
-    content: Annotated[list[Part], BeforeValidator(_parts, str|list[Part])]|None = None
+    content: Annotated[some(10_000, list[Part]), BeforeValidator(_parts, str|list[Part])]|None = None
     refusal: str|None = None
     name: str|None = None
-    tool_calls: list[ToolCall]|None = None
+    tool_calls: some(1000, list[ToolCall])|None = None
     tool_call_id: str|None = None
 
     @model_validator(mode='before')
@@ -99,7 +99,7 @@ class Tool(Form):
     type: Literal['function']
     function: _Function
 
-# %% ../../nbs/10_serving.messages.ipynb #ece6ba32
+# %% ../../nbs/10_serving.messages.ipynb #89cb8e16
 class _FunctionName(Form):
     "Which tool it must be."
     name: str
@@ -112,7 +112,7 @@ class ToolChoice(Form):
 class _Allowed(Form):
     "Some of the tools, and whether one of them must be called."
     mode: Literal['auto', 'required']
-    tools: Annotated[list[ToolChoice], Field(min_length=1)]
+    tools: Annotated[some(128, list[ToolChoice]), Field(min_length=1)]
 
 class AllowedTools(Form):
     "The tools that may be called this time."

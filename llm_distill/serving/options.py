@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.options.ipynb #c4c7d620
+# %% ../../nbs/10_serving.options.ipynb #391460ba
 def _option(default, help, kind=str, env=None, among=None, least=None, key=None):
     about = dict(help=help, kind=kind, env=env, among=among, least=least, key=key)
     return field(metadata=about, **{'default_factory' if kind is list else 'default': default})
@@ -53,6 +53,7 @@ class ServeOptions:
     insecure: bool = _option(False, 'listen beyond this machine without a key', bool)
     cors: list[str] = _option(list, 'web pages from there may ask; * for all', list)
     grace: float = _option(30., 'seconds that answers may still take when the server is told to stop', float, least=0)
+    patience: float = _option(30., 'seconds to wait for a client that does nothing', float, least=.1)
     profile: str|None = _option(None, 'a file for a trace of the first 200 steps, for chrome://tracing')
     loglevel: str = _option('warning', 'critical, error, warning, info or debug',
                             among=('critical', 'error', 'warning', 'info', 'debug'))

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['take_port', 'run_server', 'Server', 'ProcessServer', 'ThreadServer', 'serve']
 
-# %% ../../nbs/10_serving.process.ipynb #ec42b400
+# %% ../../nbs/10_serving.process.ipynb #c20b3e34
 import json
-import math
 import os
 import socket
 import subprocess
@@ -39,19 +38,12 @@ def _url(options: ServeOptions, taken: socket.socket) -> str:
     host = f'[{options.host}]' if ':' in options.host else options.host
     return f'http://{host}:{taken.getsockname()[1]}/v1'
 
-# %% ../../nbs/10_serving.process.ipynb #519e7bf4
-def _open(service, options: ServeOptions, on_ready: Callable[[], None]): # A uvicorn server that has not begun
-    import uvicorn
+# %% ../../nbs/10_serving.process.ipynb #cdb72693
+def _listener(service, options: ServeOptions, taken: socket.socket, on_ready: Callable[[], None]):
     from llm_distill.serving.app import create_app
-
-    class Listening(uvicorn.Server):
-        async def startup(self, sockets=None):
-            await super().startup(sockets)
-            on_ready()
-
-    app = create_app(service, options.api_keys, options.cors)
-    return Listening(uvicorn.Config(app, log_level=options.loglevel,
-                                    timeout_graceful_shutdown=math.ceil(options.grace)))
+    from llm_distill.serving.connections import Listener
+    app = create_app(service, options.api_keys, options.cors, patience=options.patience)
+    return Listener(app, taken, on_ready, options.grace, options.patience, options.loglevel)
 
 def run_server(
     model: str|Path, # A folder, a GGUF file, "smollm2" or a hub name
@@ -68,7 +60,7 @@ def run_server(
         service = open_service(options)
         def ready():
             if on_ready: on_ready(_url(options, taken))
-        try: _open(service, options, ready).run(sockets=[taken])
+        try: _listener(service, options, taken, ready).run()
         finally: service.close()
     return 0
 
@@ -138,19 +130,19 @@ def _read_line(process, timeout) -> dict:
     reader.join(timeout)
     return json.loads(said[0]) if said and said[0].strip() else {}
 
-# %% ../../nbs/10_serving.process.ipynb #8df8ac05
+# %% ../../nbs/10_serving.process.ipynb #db97907f
 class ThreadServer(Server):
     "A server in a thread of this process."
     def __init__(self, service, options: ServeOptions):
         self.service, self._ready = service, threading.Event()
         taken = take_port(options.host, options.port)
-        self.url, self._listening = _url(options, taken), _open(service, options, self._ready.set)
-        self._thread = threading.Thread(target=self._listening.run, args=[[taken]], name='server', daemon=True)
+        self.url, self._listener = _url(options, taken), _listener(service, options, taken, self._ready.set)
+        self._thread = threading.Thread(target=self._listener.run, name='server', daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         "Finish the answers that are on their way, and end."
-        self._listening.should_exit = True
+        self._listener.stop()
         self._thread.join()
         self.service.close()
 

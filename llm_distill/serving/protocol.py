@@ -6,20 +6,20 @@
 __all__ = ['ChatRequest', 'CompletionRequest', 'EmbeddingRequest', 'ChatMessage', 'ResponseFormat', 'Limits', 'Refused',
            'error_body', 'explain', 'read_body']
 
-# %% ../../nbs/10_serving.protocol.ipynb #4dc62429
+# %% ../../nbs/10_serving.protocol.ipynb #de2a5119
 import hashlib
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, model_validator
 
 from .messages import AnyToolChoice, ChatMessage, ResponseFormat, Tool, check_choice
-from .refusals import (Flag, Form, Limits, Refused, count, error_body, explain, number, read_body,
-                                          refuse)
+from .refusals import (Flag, Form, Limits, Refused, count, error_body, explain, number,
+                                          read_body, refuse, some)
 from .sampling import Sampling
 
 _all_ = ['ChatMessage', 'ResponseFormat', 'Limits', 'Refused', 'error_body', 'explain', 'read_body']
 
-# %% ../../nbs/10_serving.protocol.ipynb #4a8169cb
+# %% ../../nbs/10_serving.protocol.ipynb #eb597c2d
 def _one_or_more(value): # A stop string, or a list of them
     if not isinstance(value, str|list): refuse('', 'expected a string or a list of them', 'invalid_type')
     return [value] if isinstance(value, str) else value
@@ -29,6 +29,7 @@ def _token_id(key): # As a key of a JSON object
     return key
 
 _TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
+_Stop = Annotated[str, Field(max_length=1000)]
 
 def _seed_of(
     seed: int|None,  # Of the request; None draws anew each time
@@ -55,7 +56,7 @@ def _check_alternatives(name, k, limits):
     refuse(name, f'this server reports up to {limits.max_logprobs} alternatives, not {k}; it can be started with '
                  'a higher --max-logprobs', 'integer_above_max_value')
 
-# %% ../../nbs/10_serving.protocol.ipynb #1d78a0e6
+# %% ../../nbs/10_serving.protocol.ipynb #983dc3c6
 class _StreamOptions(Form):
     "What a stream holds beside the answer."
     _ignored = frozenset({'include_obfuscation'})  # padding against eavesdroppers; the answer is the same
@@ -73,10 +74,10 @@ class _Asking(Form):
     repetition_penalty: number(.01, 100) = None
     presence_penalty: number(-2, 2) = None
     frequency_penalty: number(-2, 2) = None
-    logit_bias: dict[_TokenId, Annotated[float, Field(strict=True, ge=-100, le=100)]]|None = None
+    logit_bias: some(10_000, dict[_TokenId, Annotated[float, Field(strict=True, ge=-100, le=100)]])|None = None
     do_sample: Flag = None
     num_beams: count(1, 64) = None
-    stop: Annotated[list[str], BeforeValidator(_one_or_more, str|list[str]), Field(max_length=16)]|None = None
+    stop: Annotated[list[_Stop], BeforeValidator(_one_or_more, str|list[str]), Field(max_length=16)]|None = None
     ignore_eos: Flag = None
     prompt_logprobs: count(0, 2**31) = None
     stream: Flag = None
@@ -112,7 +113,7 @@ class _Asking(Form):
         if 'stop' in given: given['stop'] = [s for s in given['stop'] if s]
         return Sampling(**given, seed=_seed_of(self.seed, choice), **rest)
 
-# %% ../../nbs/10_serving.protocol.ipynb #934488b8
+# %% ../../nbs/10_serving.protocol.ipynb #e46ad1d2
 class ChatRequest(_Asking):
     "The body of `POST /v1/chat/completions`."
     _ignored = frozenset({'metadata', 'store', 'service_tier', 'safety_identifier', 'prediction',
@@ -123,13 +124,13 @@ class ChatRequest(_Asking):
                 'verbosity': (('medium',), 'say in a message how long the answer should be'),
                 'web_search_options': ((), 'these models search nothing'),
                 'moderation': ((), 'nothing is moderated here')}
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[some(10_000, list[ChatMessage]), Field(min_length=1)]
     max_tokens: count(1, 2**31) = None
     max_completion_tokens: count(1, 2**31) = None
     logprobs: Flag = None
     top_logprobs: count(0, 2**31) = None
     response_format: ResponseFormat|None = None
-    tools: Annotated[list[Tool], Field(max_length=128)]|None = None
+    tools: some(128, list[Tool])|None = None
     tool_choice: AnyToolChoice|None = None
     parallel_tool_calls: Flag = None
 
@@ -163,7 +164,7 @@ class ChatRequest(_Asking):
         return self._sampling(choice, max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
                               top_logprobs=self.top, prompt_logprobs=self.prompt_logprobs, constraint=constraint)
 
-# %% ../../nbs/10_serving.protocol.ipynb #3f6a49ab
+# %% ../../nbs/10_serving.protocol.ipynb #c5f0cf62
 _EXPECTED = 'expected a string, token ids, or a list of one of them, with something in it'
 
 def _texts_or_ids(value, info: ValidationInfo) -> list[str|list[int]]:
@@ -171,6 +172,8 @@ def _texts_or_ids(value, info: ValidationInfo) -> list[str|list[int]]:
     if isinstance(value, str): value = [value]
     if not isinstance(value, list) or not value: refuse('', _EXPECTED, 'invalid_type')
     if type(value[0]) is int: return [_checked(value, '', Limits.of(info))]
+    if len(value) > Limits.of(info).max_answers:
+        refuse('', f'up to {Limits.of(info).max_answers:,} at a time, not {len(value):,}', 'array_above_max_length')
     for i, one in enumerate(value):
         if type(one) is not type(value[0]) or not isinstance(one, str|list): refuse(f'[{i}]', _EXPECTED, 'invalid_type')
     return [_checked(one, f'[{i}]', Limits.of(info)) for i, one in enumerate(value)]

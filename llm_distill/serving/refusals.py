@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['Flag', 'error_body', 'refuse', 'explain', 'Limits', 'Form', 'number', 'count', 'Refused', 'read_body']
 
-# %% ../../nbs/10_serving.refusals.ipynb #59f6ab85
+# %% ../../nbs/10_serving.refusals.ipynb #9b2d5ad0
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.refusals.ipynb #faf06f15
+# %% ../../nbs/10_serving.refusals.ipynb #62661925
 def error_body(
     message: str,                       # What is wrong, and what to do
     param: str|None = None,             # The parameter it is about, "messages[0].content"
     code: str|None = None,              # For programs, "context_length_exceeded"
     kind: str = 'invalid_request_error',
 ) -> dict:                              # To be sent as JSON
-    "An error as OpenAI writes it."
-    return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
+    "An error as OpenAI writes it; what it repeats of the request is cut to a readable length."
+    def short(text, most): return text if text is None or len(text) <= most else f'{text[:most]}...'
+    return {'error': {'message': short(message, 1000), 'type': kind, 'param': short(param, 200), 'code': code}}
 
 # %% ../../nbs/10_serving.refusals.ipynb #d53e09bb
 def refuse(
@@ -59,13 +60,15 @@ def explain(
         if isinstance(got, int|float) or (isinstance(got, str) and len(got) < 40): said += f', not {got!r}'
     return error_body(f'Invalid {where!r}: {said}.' if where else f'Invalid body: {said}.', where or None, code)
 
-# %% ../../nbs/10_serving.refusals.ipynb #34885993
+# %% ../../nbs/10_serving.refusals.ipynb #9c741462
 @dataclass(frozen=True)
 class Limits:
     "What a server allows a request."
     max_logprobs: int = 20        # Alternatives a token; 20 is OpenAI's limit
     max_answers: int = 2048       # Prompts times answers to each
     max_beams: int = 1            # 1 for an engine that does not search
+    max_rows: int = 1_000_000     # Tokens of a reply, and the alternatives that are reported for them
+    max_texts: int = 300_000      # Tokens of all texts to be embedded; OpenAI's limit
     vocabulary: int|None = None   # Token ids are below this; None does not check
     dimensions: int|None = None   # Of an embedding; None does not check
 
@@ -104,11 +107,23 @@ def count(low: int, high: int): return Annotated[int, Field(strict=True, ge=low,
 
 Flag = Annotated[bool, Field(strict=True)]|None
 
-# %% ../../nbs/10_serving.refusals.ipynb #7e72b4a9
+# %% ../../nbs/10_serving.refusals.ipynb #2051b4e2
+def some(n: int, kind): # A type
+    "Up to n of a list or dict; longer ones are refused before anybody looks at what is in them."
+    def check(value):
+        if isinstance(value, list|dict) and len(value) > n:
+            refuse('', f'up to {n:,} at a time, not {len(value):,}', 'array_above_max_length')
+        return value
+    first = {'fail_fast': True} if getattr(kind, '__origin__', None) is list else {}
+    return Annotated[kind, Field(max_length=n, **first), BeforeValidator(check)]
+
+# %% ../../nbs/10_serving.refusals.ipynb #ce13a2ce
 class Refused(BadInput):
     "A request that cannot be answered as it is; `.body` is what to send back, `.status` of HTTP with it."
     status = 400
     def __init__(self, body: dict): super().__init__(body['error']['message']); self.body = body
+
+_MOST_OBJECTS = 150_000  # of a body; they take 40 ms
 
 def read_body(
     kind: type[Form],           # `ChatRequest`, `CompletionRequest` or `EmbeddingRequest`
@@ -117,7 +132,10 @@ def read_body(
 ) -> Form:                      # An instance of `kind`; raises `Refused`
     "A request out of the body that a client sent."
     try:
-        if isinstance(data, bytes|str): data = orjson.loads(data)
+        if isinstance(data, bytes|str):
+            if sum(map(data.count, (b'{', b'[', b':') if isinstance(data, bytes) else '{[:')) > _MOST_OBJECTS:
+                raise Refused(error_body(f'The body holds more than {_MOST_OBJECTS:,} objects; send it in parts.'))
+            data = orjson.loads(data)
     except orjson.JSONDecodeError as e: raise Refused(error_body(f'The body is no JSON: {e}.')) from e
     if not isinstance(data, dict): raise Refused(error_body('The body is no JSON object.'))
     try: return kind.model_validate(data, context=limits)

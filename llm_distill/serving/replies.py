@@ -6,7 +6,7 @@
 __all__ = ['LOWEST', 'token_text', 'usage', 'ChatReply', 'TextReply', 'best_answers', 'prompt_rows', 'shorten',
            'embeddings_reply', 'model_card', 'models_reply']
 
-# %% ../../nbs/10_serving.replies.ipynb #38a02ef0
+# %% ../../nbs/10_serving.replies.ipynb #6cf414d2
 import base64
 import codecs
 import time
@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from .engine import Piece, PromptRows
+from .words import Piece, PromptRows
 
 # %% ../../nbs/10_serving.replies.ipynb #5b50dded
 LOWEST = -9999.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kind_of', 'rules_of', 'Voice', 'Seq2SeqEngine', 'Seq2SeqService', 'open_service']
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #3a1e0288
+# %% ../../nbs/10_serving.seq2seq.ipynb #81638e86
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers import (AutoConfig, AutoModelForSeq2SeqLM, EncoderNoRepeatNGra
 from ..models import _from_pretrained, encode_chat, find_model, load_tokenizer, pick_device, pick_dtype
 from .beams import Gone
 from .cohorts import CohortModel
-from .engine import Engine, Job, Piece, TextStream, Words, _memory
+from .engine import Engine, _memory
+from .words import Job, Piece, TextStream, Words
 from .protocol import ChatRequest, CompletionRequest
 from .sampling import Sampling, penalise
 from .service import _USUAL, Draft, GenerateRequest, LogitsRequest, Service, refusal

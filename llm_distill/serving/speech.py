@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Transcriber', 'SpeechService', 'open_service']
 
-# %% ../../nbs/10_serving.speech.ipynb #64834029
+# %% ../../nbs/10_serving.speech.ipynb #0988f4ee
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -22,6 +22,7 @@ from transformers import (AutoConfig, AutoModelForSpeechSeq2Seq, LogitsProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from ..models import _from_pretrained, find_model, load_tokenizer, pick_device, pick_dtype, token_bytes
+from .drafts import Chunks
 from .engine import Stats
 from .hearing import Ear, Gone, Listen, Logprobs, Marks, Recording, Writer
 from .refusals import Limits, Refused
@@ -201,7 +202,7 @@ class Transcriber(_Listening):
         p = self.model(encoder_outputs=out, decoder_input_ids=start, use_cache=False).logits[0, -1].float().softmax(-1)
         ear.windows[-1].no_speech = float(p[self.marks.first_stamp - 2])
 
-# %% ../../nbs/10_serving.speech.ipynb #b1e1ca7f
+# %% ../../nbs/10_serving.speech.ipynb #3e1740ad
 class SpeechService:
     "All that a Whisper model can be asked."
     def __init__(
@@ -217,7 +218,7 @@ class SpeechService:
         "End the engine."
         self.engine.close()
 
-    async def transcribe(self, body: TranscriptionRequest, data: bytes) -> dict|str|AsyncIterator[dict]:
+    async def transcribe(self, body: TranscriptionRequest, data: bytes) -> dict|str|Chunks:
         "Write down what is said in a recording; raises `Refused`, `ServerBusy` or `ServerError`."
         if body.model not in self.names:
             raise refusal(f'no model {body.model!r} here, only {self.name!r}', 'model', 'model_not_found', 404)
@@ -225,7 +226,7 @@ class SpeechService:
         try: recording = await asyncio.to_thread(self._recording, body, data)
         except Refused: raise
         except BadInput as e: raise _named(e, 'file') from e
-        if body.stream: return self._stream(recording, body, self._listen(recording))
+        if body.stream: return Chunks(recording, self._stream(recording, body, self._listen(recording)))
         try:
             self.engine.submit(recording)
             return write(await asyncio.shield(asyncio.wrap_future(recording.done)), body)
@@ -271,10 +272,10 @@ class SpeechService:
             while (event := await events.get()) is not None:
                 text, tokens = event
                 n += len(tokens)
-                yield delta(text, tokens if body.include else None)
+                yield [delta(text, tokens if body.include else None)]
             transcript = recording.done.result()
             prompt = 0 if recording.prompt is None else len(recording.prompt)
-            yield done_event(transcript, prompt, n, bool(body.include))
+            yield [done_event(transcript, prompt, n, bool(body.include))]
         finally: recording.gone.set()
 
     async def _only_transcribes(self, body):

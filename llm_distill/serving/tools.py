@@ -117,13 +117,13 @@ def force(
             except BadInput as e: raise BadInput(f"tools: {f['name']}: {e}") from None
         raise BadInput(f'tools: {whole}') from None
 
-# %% ../../nbs/10_serving.tools.ipynb #4888918b
+# %% ../../nbs/10_serving.tools.ipynb #589cc76a
 def _text(content) -> str:
     return content if isinstance(content, str) else ''.join(p.get('text', '') for p in content or [])
 
 def _arguments(text: str|None):
     try: return json.loads(text) if text else {}
-    except ValueError: return text
+    except (ValueError, TypeError, RecursionError): return text
 
 def _call(call: dict) -> dict:
     function = {'name': call['function']['name'], 'arguments': _arguments(call['function'].get('arguments'))}
