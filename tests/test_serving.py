@@ -227,7 +227,7 @@ def test_the_command_wants_a_key_beyond_this_machine():
     bare = {k: v for k, v in os.environ.items() if k != 'LLM_DISTILL_API_KEY'}
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=bare)
     assert done.returncode == 1 and 'give it a key' in done.stderr and 'Traceback' not in done.stderr
-    words += ['--max-context', '256', '--dtype', 'bfloat16']
+    words += ['--max-model-len', '256', '--dtype', 'bfloat16']
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=keyed)
     try:
         url = process.stdout.readline().split(' answers at ')[1].split()[0].replace('0.0.0.0', '127.0.0.1')

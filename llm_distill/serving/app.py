@@ -30,7 +30,7 @@ from .service import GenerateRequest, LogitsRequest, Service, refusal
 from .transcripts import TranscriptionRequest, form_fields
 from ..types import BadInput, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.app.ipynb #68772ee1
+# %% ../../nbs/10_serving.app.ipynb #e8a437d7
 _SLOWEST = 16_000  # bytes of a body that must come in a second, after the patience that everybody has
 
 class _Bodies:
@@ -63,18 +63,20 @@ class _Bodies:
         finally: self.held -= len(data)
 
     async def _fill(self, data: bytearray, request: Request, most: int) -> None:
-        length, began = request.headers.get('content-length', '0'), time.monotonic()
-        if length.isdigit() and int(length) > most: raise _too_long(most)
+        length, began, read = request.headers.get('content-length', '0'), time.monotonic(), 0
+        if length.isdigit() and int(length) > 4*most: raise _too_long(most)
         parts = aiter(request.stream())
-        while True:
-            left = self.patience + len(data)/_SLOWEST - (time.monotonic() - began)
+        while read <= 4*most:
+            left = self.patience + read/_SLOWEST - (time.monotonic() - began)
             try: part = await asyncio.wait_for(anext(parts, None), max(left, 0))
             except asyncio.TimeoutError: raise refusal('The body came too slowly.', None, 'timeout', 408) from None
-            if part is None: return
+            if part is None: break
+            read += len(part)
+            if read > most: continue  # dropped: who is still sending would never see why it is refused
             data += part
             self.held += len(part)
-            if len(data) > most: raise _too_long(most)
             if self.held > 32*self.most: raise ServerBusy('too many long requests at a time; try again later', 5.)
+        if read > most: raise _too_long(most)
 
 def _too_long(most: int) -> Refused:
     return refusal(f'A body may have {most:,} bytes here, and this one has more.', None, 'too_large', 413)

@@ -82,7 +82,7 @@ def _open_seq2seq(options: ServeOptions) -> Service:
     return _open_other(seq2seq, options, batch_size=options.batch_size, max_model_len=options.max_model_len,
                        max_logprobs=options.max_logprobs)
 
-# %% ../../nbs/10_serving.loading.ipynb #8912b5f4
+# %% ../../nbs/10_serving.loading.ipynb #930d5cf9
 _QUEUE = 4096  # answers that may wait; a request may want many
 
 def open_service(
@@ -95,6 +95,7 @@ def open_service(
         find_model(options.model), options.architecture, options.task)
     if kind[1] == 'transcribe': return _open_speech(options)
     if kind[0] == 'encoder-decoder': return _open_seq2seq(options)
+    name = options.name or Path(find_model(options.model) if model is None else options.model).name
     if model is None: model, tokenizer = _load(options)
     else: model = copy.deepcopy(model).to(pick_device(options.device), serving_dtype(options)).eval()
     if options.prompt_template: tokenizer.chat_template = chat_template(options.prompt_template)
@@ -102,5 +103,4 @@ def open_service(
     plain = not getattr(model, 'is_quantized', False) and not hasattr(model, 'hf_device_map')
     engine = Engine(model, tokenizer, options.batch_size, options.max_model_len, _QUEUE, fused=plain,
                     compiled=options.torch_compile, static=options.static_cache, trace=options.profile)
-    name = options.name or Path(options.model).expanduser().resolve().name
     return Service(engine, tokenizer, name, options.max_logprobs, options.max_concurrent)

@@ -42,7 +42,7 @@ def kind_of(
     return (architecture or ('encoder-decoder' if both else 'decoder'),
             task or ('transcribe' if both and config.model_type in SPEECH else 'chat'))
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #535a8fa2
+# %% ../../nbs/10_serving.seq2seq.ipynb #29f24901
 def rules_of(
     config,          # A `GenerationConfig`
     ends: list[int], # End tokens
@@ -101,8 +101,8 @@ class Voice(Words):
         data = b'' if token in self.hidden else self.bytes_of[token]  # <s>, or a language, that a rule has put in front
         return data.removeprefix(b' ') if self.spaced and self._first(job) else data
 
-    def _piece(self, job, token, logprobs, top) -> Piece:
-        piece = super()._piece(job, token, logprobs, top)
+    def piece(self, job, token, logprobs=None, top=None) -> Piece:
+        piece = super().piece(job, token, logprobs, top)
         if piece.top and self.spaced and self._first(job):
             piece.top = [(i, t.removeprefix(b' '), p) for i, t, p in piece.top]
         return piece

@@ -115,7 +115,7 @@ def vllm_environment(
     if _split(gpus): found['CUDA_VISIBLE_DEVICES'] = ','.join(_split(gpus))
     return found
 
-# %% ../../nbs/10_serving.vllm.ipynb #bbf2f6b6
+# %% ../../nbs/10_serving.vllm.ipynb #c96ca6c2
 _NOT_THERE = {  # option: (what may be asked for all the same, why nothing else)
     'device': ((None, 'cuda'), 'which devices it runs on was settled when it was built; --gpus chooses among them'),
     'max_concurrent': ((None, 100), 'it lets all requests wait; let a proxy in front of it count them'),
@@ -124,6 +124,7 @@ _NOT_THERE = {  # option: (what may be asked for all the same, why nothing else)
     'architecture': ((None, 'decoder'), 'it reads from the model what it is'),
     'task': ((None, 'chat'), 'it reads from the model what it does'),
     'profile': ((None,), 'it has a profiler of its own'),
+    'patience': ((30.,), 'a proxy in front of it can end slow connections'),
 }
 
 def _check_rest(rest: dict) -> None:
