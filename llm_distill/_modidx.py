@@ -1528,6 +1528,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel._rows': ( 'serving.slots.html#slotmodel._rows',
                                                                                           'llm_distill/serving/slots.py'),
+                                           'llm_distill.serving.slots.SlotModel._warm': ( 'serving.slots.html#slotmodel._warm',
+                                                                                          'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel.copy': ( 'serving.slots.html#slotmodel.copy',
                                                                                          'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel.piece': ( 'serving.slots.html#slotmodel.piece',

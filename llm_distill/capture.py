@@ -185,14 +185,14 @@ def model_mark(
         digest.update(f'{name} {tuple(p.shape)}'.encode() + sample.tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/06e_capture.ipynb #d2138253
+# %% ../nbs/06e_capture.ipynb #7a082175
 def capture(
     teacher,                      # A causal LM of transformers, a local teacher, or another one that gives logits
     examples: Iterable[dict],     # From `make_examples`, in the teacher's tokens; read one window at a time
     folder: str|Path,             # Where `Shards` will find them; one that was begun is finished
     tokenizer=None,               # Of teacher and student; None takes the teacher's, or all columns of its head
-    kind: Literal['topk', 'sampled'] = 'topk', # The k likeliest tokens and a tail, or an unbiased sample
-    k: int = 20,                  # Of a top-k
+    kind: Literal['sampled', 'topk'] = 'sampled', # An unbiased sample, or the k likeliest tokens and a tail
+    k: int|None = None,           # Of a top-k; None is 20
     draws: int = 50,              # Of a sample; some 12 to 20 of them are different
     temperature: float = 1.,      # What is stored is softmax(logits/temperature)
     proposal: float = 1.,         # Of a sample: drawn from p**proposal; other values than 1 are biased by about 1/draws
@@ -203,6 +203,8 @@ def capture(
     on_event: Listener|None = None, # Told of each window
 ) -> Shards:                      # Raises `BadInput`, or `CacheError` for damaged files or a full disk
     "Store what a teacher thinks of each taught token; the next call with the same arguments goes on after a kill."
+    if k is not None and kind == 'sampled': raise BadInput("k is for kind='topk'; a sample has draws")
+    k = 20 if k is None else k
     if min(k, draws, batch_size, chunk) < 1 or temperature <= 0 or not 0 < proposal <= 1:
         raise BadInput('k, draws, batch_size and chunk are 1 or more; temperature is over 0, proposal over 0 up to 1')
     if kind not in ('topk', 'sampled'): raise BadInput(f'kind is "topk" or "sampled", not {kind!r}')

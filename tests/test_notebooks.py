@@ -1,6 +1,8 @@
 "Every notebook runs, one case each, by nbdev's own engine; tutorials in a real kernel."
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,24 @@ from test_house import NOTEBOOKS, ROOT
 TUTORIALS = [p for p in NOTEBOOKS if p.parent.name == 'tutorials']
 
 
+def run(notebook) -> subprocess.CompletedProcess:
+    test, env = Path(sys.executable).with_name('nbdev-test'), os.environ | {'OMP_NUM_THREADS': '1'}
+    return subprocess.run([test, notebook], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def runs(request):
+    "All that were asked for, two at a time: half of each is the import of torch, which uses one core."
+    asked = [item.callspec.params['notebook'] for item in request.session.items
+             if item.path == request.path and 'notebook' in getattr(getattr(item, 'callspec', None), 'params', ())]
+    pool = ThreadPoolExecutor(2)
+    yield {notebook: pool.submit(run, notebook) for notebook in asked}
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: p.stem)
-def test_notebook(notebook):
-    test = Path(sys.executable).with_name('nbdev-test')
-    done = subprocess.run([test, notebook], cwd=ROOT, capture_output=True, text=True)
+def test_notebook(runs, notebook):
+    done = runs[notebook].result()
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -355,7 +355,7 @@ def check_topk(shards, model, examples, vocab, k, temperature=1.):
 def test_capture_is_the_forward_of_the_model(temperature, tmp_path):
     model, examples = llama(), list(texts(40))
     model.train()  # it must be judged without dropout, and be left as it was
-    shards = capture(model, iter(examples), tmp_path, k=7, batch_size=3, chunk=5, temperature=temperature)
+    shards = capture(model, iter(examples), tmp_path, kind='topk', k=7, batch_size=3, chunk=5, temperature=temperature)
     assert model.training and shards.header['temperature'] == temperature
     check_topk(shards, model.eval(), examples, 300, 7, temperature)
 
@@ -364,7 +364,7 @@ def test_a_head_that_does_more_than_multiply(tmp_path):
     config = Gemma2Config(vocab_size=300, head_dim=8, final_logit_softcapping=3., initializer_range=.5, **SIZES)
     torch.manual_seed(0)
     model, examples = Gemma2ForCausalLM(config).eval(), list(texts(5))
-    check_topk(capture(model, examples, tmp_path, k=5), model, examples, 300, 5)
+    check_topk(capture(model, examples, tmp_path, kind='topk', k=5), model, examples, 300, 5)
 
 
 class Mine(Teacher):
@@ -384,7 +384,7 @@ def test_padded_vocabularies_and_teachers(tmp_path):
     model = llama(vocab + 64)
     for name, teacher, given in [('model', model, tokenizer), ('local', LocalTeacher(model, tokenizer=tokenizer), None),
                                  ('mine', Mine(model), tokenizer)]:
-        shards = capture(teacher, examples, tmp_path/name, given, k=4)
+        shards = capture(teacher, examples, tmp_path/name, given, kind='topk', k=4)
         check_topk(shards, model, examples, vocab, 4)
         Shards(tmp_path/name, tokenizer=tokenizer)
     with pytest.raises(BadInput, match='not its own'): capture(llama(300), examples, tmp_path/'a', tokenizer)
@@ -489,11 +489,15 @@ def test_half_a_window_is_finished_as_if_it_had_been_whole(tmp_path):
 
 def test_another_teacher_or_other_examples_are_not_mixed_in(tmp_path):
     examples = list(texts(6))
-    capture(llama(), examples, tmp_path)
+    capture(llama(), examples, tmp_path, kind='topk')
     before = contents(tmp_path)
-    with pytest.raises(BadInput, match='made_by'): capture(llama(seed=1), examples, tmp_path)
-    with pytest.raises(BadInput, match='example 0 is another'): capture(llama(), examples[1:], tmp_path)
-    with pytest.raises(BadInput, match='holds 6 examples, and 3 are given'): capture(llama(), examples[:3], tmp_path)
-    with pytest.raises(BadInput, match='k is 20 there and 5 here'): capture(llama(), examples, tmp_path, k=5)
+    with pytest.raises(BadInput, match='made_by'): capture(llama(seed=1), examples, tmp_path, kind='topk')
+    with pytest.raises(BadInput, match='example 0 is another'):
+        capture(llama(), examples[1:], tmp_path, kind='topk')
+    with pytest.raises(BadInput, match='holds 6 examples, and 3 are given'):
+        capture(llama(), examples[:3], tmp_path, kind='topk')
+    with pytest.raises(BadInput, match='k is 20 there and 5 here'):
+        capture(llama(), examples, tmp_path, kind='topk', k=5)
+    with pytest.raises(BadInput, match='a sample has draws'): capture(llama(), examples, tmp_path/'other', k=5)
     assert contents(tmp_path) == before
     assert len(capture(llama(), texts(8), tmp_path)) == 8

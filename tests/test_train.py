@@ -255,7 +255,7 @@ def test_the_commands_judge_what_they_have_not_learnt_from(tmp_path, answers, st
 
 def test_the_commands_take_captured_examples_and_a_teacher(tmp_path, tokenizer, student):
     folder, out = tmp_path/'shards', tmp_path/'out'
-    capture(tiny(3), EXAMPLES, folder, tokenizer, k=5)
+    capture(tiny(3), EXAMPLES, folder, tokenizer, kind='topk', k=5)
     def command(*words): return main(list(map(str, words)))
     assert command('train', folder, '--student', student, '--out', out, '--max-steps', 2, '--use-cpu') == 0
     assert 'topk, 5 a token' in (out/'student'/'README.md').read_text()

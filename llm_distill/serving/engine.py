@@ -194,7 +194,7 @@ class _Work:
         try: future.set_result(work())
         except Exception as e: future.set_exception(e)
 
-# %% ../../nbs/10_serving.engine.ipynb #c2647e37
+# %% ../../nbs/10_serving.engine.ipynb #e5cfd808
 def _memory(device: torch.device) -> float: # Bytes that are free, inf if nobody can tell
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(ValueError, OSError, AttributeError):
@@ -234,7 +234,8 @@ class Engine(_Line, _Work):
         self.slots = ready.result()
 
     def _make_slots(self, model, fused, **how):
-        return SlotModel(fuse(model) if fused else model, self.size, self.max_context, **how)
+        if fused: fuse(model, packed=not how.get('compiled'))  # a compiler packs by itself
+        return SlotModel(model, self.size, self.max_context, **how)
 
     def submit(
         self,

@@ -93,13 +93,14 @@ def _packed(module: nn.Module) -> Packed|None:
     x = torch.randn(3, module.in_features).to(torch.bfloat16)
     return made if torch.allclose(made(x), module(x), rtol=.02, atol=.02*module.weight.float().std().item()) else None
 
-# %% ../../nbs/10_serving.fuse.ipynb #37fa2874
+# %% ../../nbs/10_serving.fuse.ipynb #8b749a0d
 @torch.no_grad()
 def fuse(
-    model,  # A causal LM; changed in place, and no longer to be trained or saved
-):          # `model`
-    "Join projections and norms, and pack weights where the CPU has units for bfloat16."
+    model,             # A causal LM; changed in place, and no longer to be trained or saved
+    packed: bool = True, # Weights too, where the CPU has units for bfloat16
+):                     # `model`
+    "Join projections and norms, and pack weights."
     replace_modules(model, _norm)
     for module in list(model.modules()): _join(module)
-    if cpu_flags() & {'avx512_bf16', 'amx_bf16'}: replace_modules(model, _packed)
+    if packed and cpu_flags() & {'avx512_bf16', 'amx_bf16'}: replace_modules(model, _packed)
     return model

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPACA', 'chat_template', 'serving_dtype', 'open_service']
 
-# %% ../../nbs/10_serving.loading.ipynb #26fbda16
+# %% ../../nbs/10_serving.loading.ipynb #6b7ae71f
 import copy
 import os
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..device import choose
 from ..models import find_model, load_model, load_tokenizer, pick_device
 from . import seq2seq
 from .engine import Engine
+from .fuse import fuse
 from .options import ServeOptions
 from .quantize import bitsandbytes_config, quantize_for_cpu
 from .service import Service
@@ -82,7 +83,7 @@ def _open_seq2seq(options: ServeOptions) -> Service:
     return _open_other(seq2seq, options, batch_size=options.batch_size, max_model_len=options.max_model_len,
                        max_logprobs=options.max_logprobs)
 
-# %% ../../nbs/10_serving.loading.ipynb #930d5cf9
+# %% ../../nbs/10_serving.loading.ipynb #03c93323
 _QUEUE = 4096  # answers that may wait; a request may want many
 
 def open_service(
@@ -99,8 +100,10 @@ def open_service(
     if model is None: model, tokenizer = _load(options)
     else: model = copy.deepcopy(model).to(pick_device(options.device), serving_dtype(options)).eval()
     if options.prompt_template: tokenizer.chat_template = chat_template(options.prompt_template)
-    if options.quantize == 'int8' and model.device.type == 'cpu': quantize_for_cpu(model)
     plain = not getattr(model, 'is_quantized', False) and not hasattr(model, 'hf_device_map')
+    if options.quantize == 'int8' and model.device.type == 'cpu':
+        quantize_for_cpu(fuse(model, packed=False))
+        plain = False
     engine = Engine(model, tokenizer, options.batch_size, options.max_model_len, _QUEUE, fused=plain,
                     compiled=options.torch_compile, static=options.static_cache, trace=options.profile)
     return Service(engine, tokenizer, name, options.max_logprobs, options.max_concurrent)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.options.ipynb #391460ba
+# %% ../../nbs/10_serving.options.ipynb #2617364a
 def _option(default, help, kind=str, env=None, among=None, least=None, key=None):
     about = dict(help=help, kind=kind, env=env, among=among, least=least, key=key)
     return field(metadata=about, **{'default_factory' if kind is list else 'default': default})
@@ -35,7 +35,7 @@ class ServeOptions:
     gpus: str|None = _option(None, 'numbers of the GPUs to use, like 0,1')
     dtype: str|None = _option(None, 'float32, bfloat16 or float16; left out, what the device has units for',
                               env='TORCH_DTYPE', among=('float32', 'bfloat16', 'float16'))
-    quantize: str|None = _option(None, 'weights in int8 or int4', among=('int8', 'int4'))
+    quantize: str|None = _option(None, 'weights in int8 or int4: less memory, not more speed', among=('int8', 'int4'))
     max_model_len: int = _option(4096, 'tokens of prompt and answer together', int, least=2)
     batch_size: int = _option(32, 'answers written at the same time', int, least=1)
     max_concurrent: int = _option(100, 'requests that are answered or wait; whoever comes then is told to come later',

@@ -12,7 +12,7 @@ from torch import nn
 from .fuse import replace_modules
 from ..types import BadInput, missing_package
 
-# %% ../../nbs/10_serving.quantize.ipynb #27ca0abf
+# %% ../../nbs/10_serving.quantize.ipynb #6b442b7c
 class Int8Linear(nn.Module):
     "A linear layer with weights and inputs in 8 bits, on a CPU."
     def __init__(self, linear: nn.Linear):
@@ -24,11 +24,12 @@ class Int8Linear(nn.Module):
         self.zeros, self.bias = torch.zeros(len(scale), dtype=torch.int32), linear.bias
 
     def forward(self, x): # (..., in_features) to (..., out_features)
-        rows = x.float()
+        rows = x.float().view(-1, self.in_features)  # more dimensions take a slower way
         r = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-12).mul_(1/127)
         whole = (rows/r).round_().to(torch.int8)
         y = torch.ops.onednn.qlinear_pointwise(whole, 1., 0, self.packed, self.scale, self.zeros, None, 1., 0,
-                                               torch.float32, 'none', [], '').mul_(r).to(x.dtype)
+                                               torch.float32, 'none', [], '').mul_(r)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 # %% ../../nbs/10_serving.quantize.ipynb #f444e7c0

@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'grouped_attention', 'bytes_per_token', 'row_counts', 'pieces_together', 'SlotModel']
 
-# %% ../../nbs/10_serving.slots.ipynb #210bec78
-import numpy as np
+# %% ../../nbs/10_serving.slots.ipynb #867bbae5
+import math
+import mmap
+from contextlib import suppress
+
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -42,7 +45,7 @@ def grouped_attention(
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../../nbs/10_serving.slots.ipynb #9c8e89f6
+# %% ../../nbs/10_serving.slots.ipynb #a321f206
 class _Places:
     "What the layers share: who is written where."
     def __init__(self, slots: int, capacity: int, device):
@@ -53,9 +56,11 @@ class _Places:
         self.part, self.width = slice(0, slots), 0  # which slots a step computes, and how far it looks
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    "On a CPU by calloc: what nobody has written to takes no memory."
+    "On a CPU what nobody has written to takes no memory; by small pages, as each text begins far from the next."
     if like.device.type != 'cpu': return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1]*like.element_size()), np.uint8)).view(like.dtype)
+    memory = mmap.mmap(-1, math.prod(shape)*like.element_size())
+    with suppress(AttributeError, OSError): memory.madvise(mmap.MADV_NOHUGEPAGE)  # Linux
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 class _SlotLayer(CacheLayerMixin):
     "Keys and values of one layer, (slots, heads, capacity, head_dim)."
@@ -123,11 +128,11 @@ def pieces_together(
         return all(_agree(model, m, length, n*length) for m in inner) and _agree(model, head, 1, n)
     return [n for n in (1, 2, 4) if n*length <= 256 and agree(n)]
 
-# %% ../../nbs/10_serving.slots.ipynb #1f878cf8
+# %% ../../nbs/10_serving.slots.ipynb #e850d026
 def _compiled(model, mode: str, static: bool):
     if mode not in torch._inductor.list_mode_options():
         raise BadInput(f'torch_compile is one of {", ".join(torch._inductor.list_mode_options())}, not {mode!r}')
-    return torch.compile(model, mode=mode, dynamic=not static)
+    return torch.compile(model, mode=None if mode == 'default' else mode, dynamic=not static)
 
 class SlotModel:
     "A causal LM with slots: read one prompt, write in all."
@@ -155,6 +160,18 @@ class SlotModel:
         self.places = _Places(slots, self.capacity + 1, self.device)
         self.cache = Cache(layers=[_SlotLayer(self.places) for _ in range(model.config.num_hidden_layers)])
         self.held = [[] for _ in range(slots)]  # token ids whose keys and values each slot holds
+        if compiled is not None: self._warm()
+
+    @torch.inference_mode()
+    def _warm(self):
+        "Compile now, and say now if that fails."
+        try:
+            self.read([0], [[0]])
+            for last in self.counts: self.step({last - 1: 0})
+        except Exception as e:
+            raise ServerError(f'this model cannot be compiled; leave --torch-compile out ({type(e).__name__})') from e
+        for slot in range(self.places.slots): self.wipe(slot)
+        self.places.position.zero_()
 
     def _forward(self, model, ids, positions, mask, keep):
         return model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,

@@ -1,4 +1,4 @@
-"""What is it worth to keep more than the text? The long part of a study.
+"""What is it worth to keep more than the text? The long part of what_to_learn_from.ipynb.
 
     python nbs/studies/what_to_learn_from.py --out study
 
@@ -120,7 +120,7 @@ class Study:
         learn, judge = (side[:size] for side in questions())
         asked = dict(logprobs=20, max_tokens=LONGEST, temperature=1., keep_cut=True, on_event=show, concurrency=32,
                      on_error='raise')
-        with serve(place, slots=32) as server, \
+        with serve(place, batch_size=32, dtype='float32') as server, \
                 create_teacher('openai-compatible', base_url=server.url, cache_as='smollm2', timeout=600) as t:
             answers = list(collect(learn + judge, t, out/'cache.db', **asked))
         show.close()
@@ -135,7 +135,7 @@ class Study:
         return capture(self.teacher, self.examples, self.out/name, self.tokenizer, **how)
 
     def sample(self, seed: int): return self.kept(f'sampled-{seed}', kind='sampled', draws=DRAWS, seed=seed)
-    def topk(self, k: int, seed: int = 0): return self.kept(f'top-{k}', k=k)
+    def topk(self, k: int, seed: int = 0): return self.kept(f'top-{k}', kind='topk', k=k)
     def text(self, seed: int = 0): return self.examples
 
     def foreign(self, seed: int = 0, **aligning): return make_examples(self.answers, self.other, **aligning)

