@@ -500,4 +500,4 @@ def test_another_teacher_or_other_examples_are_not_mixed_in(tmp_path):
         capture(llama(), examples, tmp_path, kind='topk', k=5)
     with pytest.raises(BadInput, match='a sample has draws'): capture(llama(), examples, tmp_path/'other', k=5)
     assert contents(tmp_path) == before
-    assert len(capture(llama(), texts(8), tmp_path)) == 8
+    assert len(capture(llama(), texts(8), tmp_path, kind='topk')) == 8
