@@ -65,14 +65,15 @@ def _load(options: ServeOptions):
     tokenizer = load_tokenizer(options.tokenizer or place)
     return load_model(place, options.device, serving_dtype(options), options.lora, **_how(options)), tokenizer
 
-# %% ../../nbs/10_serving.loading.ipynb #7f89f64d
+# %% ../../nbs/10_serving.loading.ipynb #b102fdfb
 _DECODERS_ALONE = 'lora', 'prompt_template', 'quantize', 'torch_compile', 'static_cache', 'profile', 'gpus', 'tokenizer'
 
 def _open_other(module, options: ServeOptions, **more) -> Service:
     for name in _DECODERS_ALONE:
         if getattr(options, name):
             raise BadInput(f'{name} is not there for {options.model!r}, which is no decoder; leave it out')
-    return module.open_service(options.model, options.device, serving_dtype(options), options.name,
+    dtype = serving_dtype(options) if options.dtype else None
+    return module.open_service(options.model, options.device, dtype, options.name,
                                max_concurrent=options.max_concurrent, **more)
 
 def _open_speech(options: ServeOptions) -> Service:
@@ -83,7 +84,7 @@ def _open_seq2seq(options: ServeOptions) -> Service:
     return _open_other(seq2seq, options, batch_size=options.batch_size, max_model_len=options.max_model_len,
                        max_logprobs=options.max_logprobs)
 
-# %% ../../nbs/10_serving.loading.ipynb #03c93323
+# %% ../../nbs/10_serving.loading.ipynb #719b5a61
 _QUEUE = 4096  # answers that may wait; a request may want many
 
 def open_service(
@@ -99,7 +100,9 @@ def open_service(
     name = options.name or Path(find_model(options.model) if model is None else options.model).name
     if model is None: model, tokenizer = _load(options)
     else: model = copy.deepcopy(model).to(pick_device(options.device), serving_dtype(options)).eval()
-    if options.prompt_template: tokenizer.chat_template = chat_template(options.prompt_template)
+    if options.prompt_template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = chat_template(options.prompt_template)
     plain = not getattr(model, 'is_quantized', False) and not hasattr(model, 'hf_device_map')
     if options.quantize == 'int8' and model.device.type == 'cpu':
         quantize_for_cpu(fuse(model, packed=False))

@@ -45,7 +45,7 @@ def grouped_attention(
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../../nbs/10_serving.slots.ipynb #a321f206
+# %% ../../nbs/10_serving.slots.ipynb #1c6a2752
 class _Places:
     "What the layers share: who is written where."
     def __init__(self, slots: int, capacity: int, device):
@@ -76,7 +76,7 @@ class _SlotLayer(CacheLayerMixin):
         if self.keys is None:
             self.keys, self.values = (_zeros((p.slots, x.shape[1], p.capacity, x.shape[3]), x) for x in (keys, values))
         if p.filling: return self._fill(keys, values)
-        rows, at = p.rows[p.part], p.position[p.part]
+        rows, at = (x[p.part].to(self.keys.device) for x in (p.rows, p.position))  # layers may be on several devices
         self.keys[rows, :, at], self.values[rows, :, at] = keys[:, :, 0], values[:, :, 0]
         return self.keys[p.part, :, :p.width], self.values[p.part, :, :p.width]
 
