@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPT
 from llm_distill import serve
-from llm_distill.models import load_model, load_tokenizer
+from llm_distill.models import find_model, load_model, load_tokenizer
 from llm_distill.types import NoSuchModel
 
 sys.path.insert(0, str(ROOT/'tests/benchmarks'))
@@ -139,6 +139,14 @@ def test_other_kinds_of_models_are_known_by_their_config(tmp_path):
         with pytest.raises(openai.BadRequestError, match='transcribes'):
             client.chat.completions.create(model='ear', messages=[{'role': 'user', 'content': 'Hi'}])
     assert heard.text == expected.strip()
+
+
+def test_the_gguf_file_in_a_folder_is_found(tmp_path):
+    pytest.importorskip('gguf')
+    (tmp_path/'a.gguf').write_bytes(b'not one')
+    with pytest.raises(NoSuchModel, match='a.gguf.* is no GGUF file'): find_model(tmp_path)
+    (tmp_path/'b.gguf').write_bytes(b'not one')
+    with pytest.raises(NoSuchModel, match='several GGUF files.* a.gguf, b.gguf'): find_model(tmp_path)
 
 
 @pytest.mark.slow
