@@ -1064,6 +1064,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'llm_distill/serving/loading.py'),
                                              'llm_distill.serving.loading._open_speech': ( 'serving.loading.html#_open_speech',
                                                                                            'llm_distill/serving/loading.py'),
+                                             'llm_distill.serving.loading._opened': ( 'serving.loading.html#_opened',
+                                                                                      'llm_distill/serving/loading.py'),
                                              'llm_distill.serving.loading.chat_template': ( 'serving.loading.html#chat_template',
                                                                                             'llm_distill/serving/loading.py'),
                                              'llm_distill.serving.loading.open_service': ( 'serving.loading.html#open_service',

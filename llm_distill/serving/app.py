@@ -30,7 +30,7 @@ from .service import GenerateRequest, LogitsRequest, Service, refusal
 from .transcripts import TranscriptionRequest, form_fields
 from ..types import BadInput, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.app.ipynb #e8a437d7
+# %% ../../nbs/10_serving.app.ipynb #2a549daa
 _SLOWEST = 16_000  # bytes of a body that must come in a second, after the patience that everybody has
 
 class _Bodies:
@@ -64,19 +64,22 @@ class _Bodies:
 
     async def _fill(self, data: bytearray, request: Request, most: int) -> None:
         length, began, read = request.headers.get('content-length', '0'), time.monotonic(), 0
-        if length.isdigit() and int(length) > 4*most: raise _too_long(most)
-        parts = aiter(request.stream())
-        while read <= 4*most:
-            left = self.patience + read/_SLOWEST - (time.monotonic() - began)
-            try: part = await asyncio.wait_for(anext(parts, None), max(left, 0))
-            except asyncio.TimeoutError: raise refusal('The body came too slowly.', None, 'timeout', 408) from None
+        length = int(length) if length.isdigit() else 0
+        parts, too_long = aiter(request.stream()), length > most
+        while max(read, length) <= 4*most:
+            left = max(self.patience + read/_SLOWEST - (time.monotonic() - began), 0)
+            try: part = await asyncio.wait_for(anext(parts, None), min(left, 1.) if too_long else left)
+            except asyncio.TimeoutError:
+                if too_long: break
+                raise refusal('The body came too slowly.', None, 'timeout', 408) from None
             if part is None: break
             read += len(part)
-            if read > most: continue  # dropped: who is still sending would never see why it is refused
+            too_long = too_long or read > most
+            if too_long: continue  # dropped: who is still sending would never see why it is refused
             data += part
             self.held += len(part)
             if self.held > 32*self.most: raise ServerBusy('too many long requests at a time; try again later', 5.)
-        if read > most: raise _too_long(most)
+        if too_long: raise _too_long(most)
 
 def _too_long(most: int) -> Refused:
     return refusal(f'A body may have {most:,} bytes here, and this one has more.', None, 'too_large', 413)

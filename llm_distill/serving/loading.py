@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ALPACA', 'chat_template', 'serving_dtype', 'open_service']
 
-# %% ../../nbs/10_serving.loading.ipynb #6b7ae71f
+# %% ../../nbs/10_serving.loading.ipynb #2ce496b7
 import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -84,15 +85,10 @@ def _open_seq2seq(options: ServeOptions) -> Service:
     return _open_other(seq2seq, options, batch_size=options.batch_size, max_model_len=options.max_model_len,
                        max_logprobs=options.max_logprobs)
 
-# %% ../../nbs/10_serving.loading.ipynb #719b5a61
+# %% ../../nbs/10_serving.loading.ipynb #88da4605
 _QUEUE = 4096  # answers that may wait; a request may want many
 
-def open_service(
-    options: ServeOptions,
-    model=None,     # A loaded causal LM in place of `options.model`; stays as it is
-    tokenizer=None, # And its tokenizer
-) -> Service:       # With an engine that runs; close it. Raises `BadInput`, `NoSuchModel`, `ServerError`, ImportError
-    "Load a model and start its engine."
+def _opened(options: ServeOptions, model, tokenizer) -> Service:
     kind = ('decoder', 'chat') if model is not None else seq2seq.kind_of(
         find_model(options.model), options.architecture, options.task)
     if kind[1] == 'transcribe': return _open_speech(options)
@@ -110,3 +106,12 @@ def open_service(
     engine = Engine(model, tokenizer, options.batch_size, options.max_model_len, _QUEUE, fused=plain,
                     compiled=options.torch_compile, static=options.static_cache, trace=options.profile)
     return Service(engine, tokenizer, name, options.max_logprobs, options.max_concurrent)
+
+def open_service(
+    options: ServeOptions,
+    model=None,     # A loaded causal LM in place of `options.model`; stays as it is
+    tokenizer=None, # And its tokenizer
+) -> Service:       # With an engine that runs; close it. Raises `BadInput`, `NoSuchModel`, `ServerError`, ImportError
+    "Load a model and start its engine."
+    # In a thread that ends. OpenMP keeps a team for each thread that computed; with two of them it lets none spin.
+    with ThreadPoolExecutor(1) as pool: return pool.submit(_opened, options, model, tokenizer).result()
