@@ -19,7 +19,8 @@ def local():
 
 
 def test_our_own_server_and_the_model_in_this_process_say_the_same(local):
-    with serve('smollm2', dtype='float32') as server, create_teacher('openai-compatible', base_url=server.url, timeout=300) as teacher:
+    with serve('smollm2', dtype='float32') as server, \
+            create_teacher('openai-compatible', base_url=server.url, timeout=300) as teacher:
         asked = dict(max_tokens=12, temperature=0, logprobs=20)
         served, here = teacher.generate(QUESTION, **asked), local.generate(QUESTION, **asked)
         assert (served.text, served.finish_reason, served.usage) == (here.text, here.finish_reason, here.usage)
