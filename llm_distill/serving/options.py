@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, fields
 
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.options.ipynb #2617364a
-def _option(default, help, kind=str, env=None, among=None, least=None, key=None):
+# %% ../../nbs/10_serving.options.ipynb #53c7384c
+def _option(default, help, kind=str, env=None, among=None, least=None, key=None): # `key`: the flag of a secret
     about = dict(help=help, kind=kind, env=env, among=among, least=least, key=key)
-    return field(metadata=about, **{'default_factory' if kind is list else 'default': default})
+    return field(metadata=about, repr=key is None, **{'default_factory' if kind is list else 'default': default})
 
 _DTYPES = {'auto': None, 'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16', 'half': 'float16'}
 
