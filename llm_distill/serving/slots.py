@@ -128,14 +128,14 @@ def pieces_together(
         return all(_agree(model, m, length, n*length) for m in inner) and _agree(model, head, 1, n)
     return [n for n in (1, 2, 4) if n*length <= 256 and agree(n)]
 
-# %% ../../nbs/10_serving.slots.ipynb #e850d026
+# %% ../../nbs/10_serving.slots.ipynb #73841030
 def _compiled(model, mode: str, static: bool):
     if mode not in torch._inductor.list_mode_options():
         raise BadInput(f'torch_compile is one of {", ".join(torch._inductor.list_mode_options())}, not {mode!r}')
     return torch.compile(model, mode=None if mode == 'default' else mode, dynamic=not static)
 
 class SlotModel:
-    "A causal LM with slots: read one prompt, write in all."
+    "A causal LM with slots: read some prompts, write in all."
     chunk = 128  # tokens of a prompt that are read together; prompts are cut at its multiples
     lengths = 64, 128  # and the pieces are padded to one of these
 
@@ -175,7 +175,7 @@ class SlotModel:
 
     def _forward(self, model, ids, positions, mask, keep):
         return model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
-                          use_cache=True, logits_to_keep=keep).logits.float()
+                     use_cache=True, logits_to_keep=keep).logits.float()
 
     def piece(
         self, ids: list[int], # A prompt
