@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, fields
 
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.options.ipynb #53c7384c
+# %% ../../nbs/10_serving.options.ipynb #28b03534
 def _option(default, help, kind=str, env=None, among=None, least=None, key=None): # `key`: the flag of a secret
     about = dict(help=help, kind=kind, env=env, among=among, least=least, key=key)
     return field(metadata=about, repr=key is None, **{'default_factory' if kind is list else 'default': default})
 
 _DTYPES = {'auto': None, 'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16', 'half': 'float16'}
+_COMPILE = {'true': 'default', '1': 'default', 'yes': 'default', 'false': None, '0': None, 'no': None}
 
 @dataclass
 class ServeOptions:
@@ -59,6 +60,7 @@ class ServeOptions:
                             among=('critical', 'error', 'warning', 'info', 'debug'))
 
     def __post_init__(self):
+        self.torch_compile = _COMPILE.get(str(self.torch_compile).lower(), self.torch_compile)
         self.dtype, self.loglevel = _DTYPES.get(self.dtype, self.dtype), self.loglevel.lower()
         for f in fields(self): _check(f, getattr(self, f.name))
         if not self.model: raise BadInput('say which model: a folder, a GGUF file, a hub name, or smollm2')

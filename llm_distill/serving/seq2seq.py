@@ -146,7 +146,7 @@ def _found(words: Voice, said: list[int], stop: list[str]) -> list[Piece]: # All
     shown = text.push(data.removeprefix(b' ') if words.spaced else data, True)
     return [Piece(shown, said[-1], finish='length' if end is None and not text.stopped else 'stop', tokens=len(said))]
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #fc1e1e19
+# %% ../../nbs/10_serving.seq2seq.ipynb #40d56496
 class Seq2SeqService(Service):
     "All that an encoder-decoder can be asked."
     def __init__(
@@ -155,8 +155,9 @@ class Seq2SeqService(Service):
         tokenizer,              # The model's tokenizer
         name: str,              # What clients call the model
         max_logprobs: int = 20, # Alternatives a token that they may ask for
+        max_concurrent: int = 1000, # Requests for answers at the same time
     ):
-        super().__init__(engine, tokenizer, name, max_logprobs)
+        super().__init__(engine, tokenizer, name, max_logprobs, max_concurrent)
         self.limits = replace(self.limits, max_beams=16)
 
     def _fits(self, ids, sampling, param):
@@ -219,7 +220,7 @@ class Seq2SeqService(Service):
         "Refused: an encoder-decoder expects nothing behind the tokens of a prompt."
         raise refusal('an encoder-decoder has no logits for a text that it reads', 'input', 'unsupported_parameter')
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #2fffeee3
+# %% ../../nbs/10_serving.seq2seq.ipynb #0aaf1062
 def open_service(
     place: str|Path,              # A folder or a hub name
     device: str|None = None,      # None takes the best there is
@@ -234,5 +235,5 @@ def open_service(
     place, device = find_model(place), pick_device(device)
     tokenizer = load_tokenizer(place)
     model = _from_pretrained(AutoModelForSeq2SeqLM, place, dtype=dtype or pick_dtype(device)).to(device).eval()
-    engine = Seq2SeqEngine(model, tokenizer, batch_size, max_model_len, max(max_concurrent - batch_size, 1))
-    return Seq2SeqService(engine, tokenizer, name or Path(place).resolve().name, max_logprobs)
+    engine = Seq2SeqEngine(model, tokenizer, batch_size, max_model_len)
+    return Seq2SeqService(engine, tokenizer, name or Path(place).resolve().name, max_logprobs, max_concurrent)
