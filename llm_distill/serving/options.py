@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.options.ipynb #28b03534
+# %% ../../nbs/10_serving.options.ipynb #ab6277a5
 def _option(default, help, kind=str, env=None, among=None, least=None, key=None): # `key`: the flag of a secret
     about = dict(help=help, kind=kind, env=env, among=among, least=least, key=key)
     return field(metadata=about, repr=key is None, **{'default_factory' if kind is list else 'default': default})
@@ -62,6 +62,7 @@ class ServeOptions:
     def __post_init__(self):
         self.torch_compile = _COMPILE.get(str(self.torch_compile).lower(), self.torch_compile)
         self.dtype, self.loglevel = _DTYPES.get(self.dtype, self.dtype), self.loglevel.lower()
+        self.api_keys, self.cors = ([x] if isinstance(x, str) else list(x) for x in (self.api_keys, self.cors))
         for f in fields(self): _check(f, getattr(self, f.name))
         if not self.model: raise BadInput('say which model: a folder, a GGUF file, a hub name, or smollm2')
         if not (self.api_keys or self.insecure or _is_here(self.host)):
