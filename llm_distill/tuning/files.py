@@ -34,7 +34,7 @@ def within(
     except (OSError, RuntimeError, ValueError): return None  # a loop of links, half a character
     return place if place != top and place.is_relative_to(top) else None
 
-# %% ../../nbs/11_tuning.files.ipynb #d9ad79e0
+# %% ../../nbs/11_tuning.files.ipynb #80800081
 def _closed(folder: Path, root: Path) -> bool: # Whether all in a folder lies below the root
     return all(p.resolve().is_relative_to(root.resolve()) for p in folder.rglob('*'))
 
@@ -72,10 +72,11 @@ class Places:
                       f'and "tuning:ID" of a job of yours{hub}', param, 'model_not_found')
 
     def _of_job(self, name: str, owner: str, param: str) -> str:
-        job = self.store.job(name.removeprefix('tuning:'), owner)
-        place = job and job.is_successful and self.jobs/job.id/'result'/'model'
+        id, _, checkpoint = name.removeprefix('tuning:').partition(':')
+        job = self.store.job(id, owner)
+        place = job and within(self.jobs/job.id, f'checkpoints/{checkpoint}' if checkpoint else 'result/model')
         if place and place.is_dir(): return str(place)
-        raise refusal(f'no job {name[:200]!r} of yours has succeeded', param, 'model_not_found')
+        raise refusal(f'no job of yours has made {name[:200]!r}', param, 'model_not_found')
 
 # %% ../../nbs/11_tuning.files.ipynb #df75385b
 class Results:

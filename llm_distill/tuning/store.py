@@ -16,14 +16,14 @@ from pathlib import Path
 from ..database import Writer, connect, open_database
 from .forms import ENDS, Tuning, TuningEvent, TuningFile, TuningRequest
 
-# %% ../../nbs/11_tuning.store.ipynb #a286657b
+# %% ../../nbs/11_tuning.store.ipynb #3e06ec91
 _APPLICATION = 0x6C6C7475  # "lltu"
 _TABLES = '''
 create table file (number integer primary key autoincrement, id text unique, owner text, name text, purpose text,
     bytes integer, created real);
 create table job (number integer primary key autoincrement, id text unique, owner text, state text, request text,
     created real, started real, finished real, taken integer default 0, restarts integer default 0,
-    progress text, metrics text, error text, model text, asked text, body text);
+    progress text, metrics text, error text, model text, asked text, body text, plan text);
 create unique index job_asked on job (owner, asked) where asked is not null;
 create index job_state on job (state);
 create table event (job text, id integer, at real, level text, type text, message text, data text,
@@ -50,7 +50,7 @@ def _file(row) -> TuningFile:
     id, size, created, name, purpose = row
     return TuningFile(id=id, bytes=size, created_at=int(created), filename=name, purpose=purpose)
 
-# %% ../../nbs/11_tuning.store.ipynb #0514d124
+# %% ../../nbs/11_tuning.store.ipynb #8eafbf3c
 class _Reading:
     "What may be asked of the database, from any thread."
     def _rows(self, query: str, *values) -> list[tuple]:
@@ -72,10 +72,13 @@ class _Reading:
         where = {'owner': owner} | ({'state': status} if status else {})
         return [_job(r) for r in self._page('job', _JOB, where, after, limit)]
 
-    def in_state(self, *states: str) -> list[Tuning]: # Oldest first
+    def in_state(self, *states: str, limit: int = -1) -> list[Tuning]: # Oldest first; -1: all
         marks = ','.join('?'*len(states))
-        found = self._rows(f'select {_JOB} from job where state in ({marks}) order by number', *states)
+        found = self._rows(f'select {_JOB} from job where state in ({marks}) order by number limit ?', *states, limit)
         return [_job(row) for row in found]
+
+    def plan(self, id: str) -> dict: # What the worker is told
+        return json.loads(self._rows('select plan from job where id = ?', id)[0][0] or '{}')
 
     def taken(self, id: str) -> int: # Bytes of the worker's reports that were taken over
         return next((r[0] for r in self._rows('select taken from job where id = ?', id)), 0)
@@ -106,7 +109,7 @@ class _Reading:
         named = (job for job in self.in_state('pending', 'running'))
         return any(id in (job.training_file, job.validation_file) for job in named)
 
-# %% ../../nbs/11_tuning.store.ipynb #a9154f8f
+# %% ../../nbs/11_tuning.store.ipynb #44f7a1a7
 _CHANGES = {'state', 'started', 'finished', 'taken', 'restarts', 'progress', 'metrics', 'error', 'model'}
 
 def _text(value): # For a column
@@ -132,6 +135,7 @@ class JobStore(_Reading):
         self, owner: str, request: TuningRequest,
         asked: str|None = None, # What makes a repeated request known: one with the same mark makes no second job
         body: str|None = None,  # A digest of the request that came with the mark
+        plan: dict|None = None, # What the worker is told beside the request
     ) -> tuple[Tuning, str|None]: # The job, and the digest of the request that made it; None if it is new
         "A job that waits."
         id, now = new_id('tune'), time.time()
@@ -140,8 +144,8 @@ class JobStore(_Reading):
             known = f'select {_JOB}, body from job where owner = ? and asked = ?'
             before = db.execute(known, (owner, asked)).fetchone()
             if before: return _job(before[:-1]), before[-1] or ''
-            db.execute('insert into job (id, owner, state, request, created, asked, body) values (?,?,?,?,?,?,?)',
-                       (id, owner, 'pending', told, now, asked, body))
+            db.execute('''insert into job (id, owner, state, request, created, asked, body, plan)
+                values (?,?,?,?,?,?,?,?)''', (id, owner, 'pending', told, now, asked, body, _text(plan or {})))
             _add_events(db, id, [{'type': 'state', 'message': 'created', 'data': {'status': 'pending'}}])
             return _job((id, 'pending', told, now, *[None]*2, 0, *[None]*4)), None
         return self._write(write)
