@@ -15,7 +15,7 @@ from conftest import ROOT
 PACKAGE = ROOT/'llm_distill'
 BIN = Path(sys.executable).parent
 # From the ground up; a module imports only from names to the left of its own.
-LAYERS = ['types', 'pricing', 'models', 'teachers', 'packing', 'database', 'tables', 'query', 'browse', 'cache',
+LAYERS = ['types', 'folders', 'pricing', 'models', 'teachers', 'packing', 'database', 'tables', 'query', 'browse', 'cache',
           'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'align', 'turns', 'targets', 'sequences',
           'shards', 'losses', 'fused', 'objective', 'capture', 'device', 'rollout', 'importance', 'student', 'saving',
           'train', 'evaluate', 'distill', 'judge', 'report', 'compare', 'serving', 'tuning', 'progress', 'panels',
