@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_data', 'Recipe', 'is_whole_checkpoint', 'last_checkpoint', 'follow']
 
-# %% ../nbs/08c_recipe.ipynb #4e23c074
+# %% ../nbs/08c_recipe.ipynb #03089b81
 import json
 import zipfile
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from .answers import cached_answers, read_answers
 from .cache import TeacherCache
 from .distill import Distilled, hold_out, train_and_judge
 from .models import find_model, load_model, load_tokenizer
-from .saving import load_student, save_student
+from .saving import load_student
 from .shards import Shards
 from .student import prune
 from .train import DistillConfig, DistillTrainer
@@ -110,11 +110,11 @@ def last_checkpoint(
     found.sort(key=lambda p: -int(p.name.removeprefix('checkpoint-')))
     return next((p.absolute() for p in found if is_whole_checkpoint(p)), None)
 
-# %% ../nbs/08c_recipe.ipynb #878fca29
+# %% ../nbs/08c_recipe.ipynb #6d4286e1
 def follow(
     recipe: Recipe,
     on_event: Listener|None = None, # Told of each step
-    on_stage: Callable[[str], None]|None = None, # Told what begins: "reading", "loading", "judging", "training", "saving"
+    on_stage: Callable[[str], None]|None = None, # Told what begins: "reading", "loading", then as `train_and_judge`
     on_trainer: Callable[[DistillTrainer], None]|None = None, # Given the trainer before it starts
 ) -> Distilled:                     # As `train_and_judge`; raises `BadInput` and what loading raises
     "Read, load, train, judge and save."
