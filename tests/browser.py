@@ -99,8 +99,8 @@ def run_notebook(page, url: str, name: str) -> None:
 
 def write_notebook(path: Path, *cells: str) -> Path:
     "A notebook of code cells."
-    code = [{'cell_type': 'code', 'id': f'cell-{i}', 'metadata': {}, 'source': c, 'outputs': [], 'execution_count': None}
-            for i, c in enumerate(cells)]
+    code = [{'cell_type': 'code', 'id': f'cell-{i}', 'metadata': {}, 'source': c, 'outputs': [],
+             'execution_count': None} for i, c in enumerate(cells)]
     kernel = {'display_name': 'python3', 'language': 'python', 'name': 'python3'}
     path.write_text(json.dumps({'cells': code, 'metadata': {'kernelspec': kernel}, 'nbformat': 4, 'nbformat_minor': 5}))
     return path

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Said', 'stream_local', 'stream_chat', 'answer', 'open_model', 'ChatPanel']
 
-# %% ../../nbs/13_panels.chat.ipynb #656b56b6
+# %% ../../nbs/13_panels.chat.ipynb #83674e16
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from pathlib import Path
 import ipywidgets as W
 
 from .base import Job, Panel, Project
-from .look import esc, facts, field, money, nothing, row
+from .look import esc, facts, field, hidden, money, nothing, row
 from .teacher import Stopped, TeacherPanel, literal, usd_of, wait_for
 from ..progress import Progress
 from ..teachers.base import Teacher
@@ -104,7 +104,7 @@ def answer(
     tell(said)
     return said
 
-# %% ../../nbs/13_panels.chat.ipynb #f979c947
+# %% ../../nbs/13_panels.chat.ipynb #ee482199
 def open_model(
     name: str, # See above
 ) -> Teacher:  # Raises `BadInput` and what `create_teacher` raises
@@ -160,10 +160,10 @@ class ChatPanel(Panel):
                 row(self.ask_button, self.stop_button)]
 
     def results(self) -> list:
-        self.said = [W.HTML() for _ in range(3)]
-        self.said[0].value = nothing('Answers appear here, one column a model.')
+        self.said = [hidden(W.HTML()) for _ in range(3)]
+        self.none = W.HTML(nothing('Answers appear here, one column a model.'))
         for box in self.said: box.add_class('ld-field')
-        return [row(*self.said, top=True)]
+        return [self.none, row(*self.said, top=True)]
 
     def offers(self) -> list[str]:
         "What may be chosen."
@@ -210,7 +210,8 @@ class ChatPanel(Panel):
         "Ask all of them."
         names, question = self.chosen(), self.question.value
         how = {'max_tokens': self.max_tokens.value, 'temperature': self.temperature.value}
-        for box in self.said: box.value = ''
+        hidden(self.none)
+        for i, box in enumerate(self.said): hidden(box, i >= len(names)).value = ''
         def show(i, html): self.said[i].value = html
         def one(job: Job, i: int, name: str, done: list):
             try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import ipywidgets as W
 
-# %% ../../nbs/13_panels.look.ipynb #4aa94d57
+# %% ../../nbs/13_panels.look.ipynb #2a6b5aad
 CSS = '''<style>
 .ld-panel{max-width:60rem;padding:.25rem .75rem .75rem;overflow:visible;color:var(--jp-ui-font-color1,inherit)}
 .ld-panel .widget-html,.ld-panel .widget-html-content{height:auto;margin:0;font-size:13px;line-height:1.5;
@@ -25,14 +25,18 @@ color:inherit;max-width:100%;overflow:visible}
 .ld-row{display:flex;flex-flow:row wrap!important;align-items:flex-end;gap:.35rem .8rem;margin:.2rem 0}
 .ld-row>*{margin-left:0!important;margin-right:0!important}
 .ld-row.ld-top{align-items:flex-start}
-.ld-field{flex:1 1 9rem;min-width:8rem}.ld-wide{flex:3 1 18rem;min-width:14rem}.ld-small{flex:0 1 7rem;min-width:6rem}
+.ld-row>.ld-field{flex:1 1 9rem;min-width:8rem}.ld-row>.ld-wide{flex:3 1 18rem;min-width:14rem}
+.ld-row>.ld-small{flex:0 1 7rem;min-width:6rem}
+.ld-field .ld-field{flex:0 0 auto;min-width:0;margin:2px 0 0!important}.ld-field{max-width:100%;align-self:flex-start}
+.ld-field>.widget-html{margin:0!important}
 .ld-panel .ld-field.widget-inline-hbox,.ld-panel .ld-field .widget-inline-hbox{flex-direction:column;height:auto;
 align-items:stretch;width:auto}
 .ld-panel .ld-field>.widget-label{width:auto!important;max-width:none;text-align:left;font-size:12px;line-height:1.5;
 height:auto;font-weight:600;opacity:.85;color:inherit;white-space:normal;margin:0}
 .ld-panel .ld-field textarea{font-size:13px;line-height:1.45;min-height:2.4rem;height:auto;resize:vertical}
 .ld-panel .ld-field input,.ld-panel .ld-field select,.ld-panel .ld-field textarea{width:100%;box-sizing:border-box}
-.ld-panel .ld-field input,.ld-panel .ld-field select{min-height:28px}
+.ld-panel .ld-field input,.ld-panel .ld-field select{height:28px;flex:0 0 28px}
+.ld-panel .widget-accordion{margin:.5rem 0 0}.ld-panel .ld-empty{margin-top:.4rem}
 .ld-help{font-size:12px;opacity:.75;margin:0 0 .2rem}
 .ld-panel .widget-button{width:auto;min-width:6.5rem;border-radius:4px;margin:2px 0;padding:0 .9rem}
 .ld-panel button:focus-visible,.ld-panel input:focus-visible,.ld-panel select:focus-visible,
