@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kind_of', 'rules_of', 'Voice', 'Seq2SeqEngine', 'Seq2SeqService', 'open_service']
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #81638e86
+# %% ../../nbs/10_serving.seq2seq.ipynb #7f99662e
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from .cohorts import CohortModel
 from .engine import Engine, _memory
 from .words import Job, Piece, TextStream, Words
 from .protocol import ChatRequest, CompletionRequest
+from .refusals import refusal
 from .sampling import Sampling, penalise
-from .service import _USUAL, Draft, GenerateRequest, LogitsRequest, Service, refusal
+from .service import _USUAL, Draft, GenerateRequest, LogitsRequest, Service
 from ..types import NoSuchModel
 
 # %% ../../nbs/10_serving.seq2seq.ipynb #4649c611

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Transcriber', 'SpeechService', 'open_service']
 
-# %% ../../nbs/10_serving.speech.ipynb #0988f4ee
+# %% ../../nbs/10_serving.speech.ipynb #21e09615
 import asyncio
 import logging
 import threading
@@ -25,8 +25,8 @@ from ..models import _from_pretrained, find_model, load_tokenizer, pick_device, 
 from .drafts import Chunks
 from .engine import Stats
 from .hearing import Ear, Gone, Listen, Logprobs, Marks, Recording, Writer
-from .refusals import Limits, Refused
-from .service import _named, refusal
+from .refusals import Limits, Refused, refusal
+from .service import _named
 from .sound import need_speech, read_audio
 from .transcripts import Transcript, TranscriptionRequest, delta, done_event, write
 from ..types import BadInput, ServerBusy, ServerError

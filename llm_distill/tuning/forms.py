@@ -6,11 +6,11 @@
 __all__ = ['State', 'ENDS', 'Hyperparameters', 'TuningRequest', 'Told', 'JobError', 'Progress', 'Tuning', 'TuningEvent',
            'TuningFile', 'ResultFile', 'Metrics', 'Health', 'Page', 'page_of']
 
-# %% ../../nbs/11_tuning.forms.ipynb #7e5251da
+# %% ../../nbs/11_tuning.forms.ipynb #8c95f1fd
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from ..serving.refusals import Form, refuse
 
@@ -85,7 +85,7 @@ class TuningRequest(Form):
             refuse('validation_file', "give it or 'heldout', not both")
         return self
 
-# %% ../../nbs/11_tuning.forms.ipynb #23bb5baf
+# %% ../../nbs/11_tuning.forms.ipynb #a86b2ec5
 class Told(BaseModel):
     "An object of a reply."
     model_config = ConfigDict(extra='allow', protected_namespaces=())
@@ -132,6 +132,9 @@ class Tuning(Told):
     metrics: dict[str, Any] = Field(default_factory=dict) # At the end: losses before and after, tokens, seconds
     fine_tuned_model: str|None = None # What `llm-distill serve` takes, "tuning:ID"
     error: JobError|None = None
+
+    @field_serializer('hyperparameters')
+    def _said(self, told: Hyperparameters): return told.model_dump(exclude_none=True) # Without what was left out
 
     @property
     def is_finished(self) -> bool: return self.status in ENDS
