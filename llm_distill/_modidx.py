@@ -3151,6 +3151,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'llm_distill/tuning/transport.py'),
                                               'llm_distill.tuning.transport._Line': ( 'tuning.transport.html#_line',
                                                                                       'llm_distill/tuning/transport.py'),
+                                              'llm_distill.tuning.transport._Line.__init__': ( 'tuning.transport.html#_line.__init__',
+                                                                                               'llm_distill/tuning/transport.py'),
                                               'llm_distill.tuning.transport._Line.open': ( 'tuning.transport.html#_line.open',
                                                                                            'llm_distill/tuning/transport.py'),
                                               'llm_distill.tuning.transport._Watched': ( 'tuning.transport.html#_watched',

@@ -115,9 +115,13 @@ def read_reply(
     text = data[:2000].decode(errors='replace') if isinstance(data, bytes) else data
     raise APIError(f'the service answered with {said}', 200, 'bad_reply', where, text)
 
-# %% ../../nbs/11_tuning.transport.ipynb #f7607cca
+# %% ../../nbs/11_tuning.transport.ipynb #a2d930c5
 class _Line(Connections):
     "The connections of one event loop."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._session._retry_connection = False  # aiohttp sends some requests twice by itself, and we have to know
+
     def open(self, method: str, url: str, headers: dict, **more):
         return self._session.request(method, URL(url, encoded=True), headers=self._authorization() | headers,
                                      proxy=self._proxy, allow_redirects=False, **more)
