@@ -277,11 +277,11 @@ def _shown(a: Answer) -> Row:
     return Row(a.prompt, a.text, c.model, c.finish_reason, c.refused, None, used.prompt_tokens, used.completion_tokens,
                c.latency_s, 0., a.sample, a.messages, c.reasoning, c.logprobs)
 
-# %% ../nbs/03c_answers.ipynb #37f28cb9
+# %% ../nbs/03c_answers.ipynb #b315d6d2
 def read_answers(
     source: str|Path|Iterable, # A file that was written here or elsewhere, a Dataset, records
 ) -> Answers:                  # Raises `BadInput`
-    "Answers from records with `messages`, for training without cache and network."
+    "Answers from records (see `from_record`), for training without cache and network."
     def one(where, row):
         try: return from_record(row if isinstance(row, dict) else {})
         except (BadInput, TypeError, KeyError, ValueError) as e: raise BadInput(f'{where}: {e}') from e

@@ -194,19 +194,11 @@ def _add_cache(commands) -> None:
     add = action('copy', 'a copy for a drive on which no cache can live')
     add('to', help='the new file')
 
-# %% ../nbs/14_cli.ipynb #4f9bf09f
+# %% ../nbs/14_cli.ipynb #e85a2994
 _TRAIN = ('divergence', 'alpha', 'beta', 'temperature', 'top_k', 'max_length', 'packing', 'precision',
           'learning_rate', 'seed', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size',
           'gradient_accumulation_steps', 'use_cpu',
           'freeze_embeddings')
-
-def _answers(path: str, model: str|None = None) -> list:
-    "Answers of a cache or of a file; raises `BadInput`."
-    from llm_distill.answers import cached_answers, read_answers
-    from llm_distill.cache import TeacherCache
-    if not Path(path).exists(): raise BadInput(f'there is nothing at {path}; llm-distill collect makes a cache')
-    if Path(path).suffix in ('.jsonl', '.parquet'): return list(read_answers(path))
-    with TeacherCache(path) as cache: return list(cached_answers(cache, model))
 
 def _settings(args) -> dict:
     "Fields of `DistillConfig`: the file's, over them --set, over them what has a name of its own."
@@ -219,62 +211,31 @@ def _settings(args) -> dict:
         if not equals: raise BadInput(f'--set is NAME=VALUE, not {pair!r}')
         try: found[name] = json.loads(value)
         except ValueError: found[name] = value
-    from dataclasses import fields
-    from llm_distill.train import DistillConfig
-    found |= {k: v for k in _TRAIN if (v := getattr(args, k)) not in (None, False)}
-    if unknown := set(found) - {f.name for f in fields(DistillConfig) if f.init}:
-        raise BadInput(f'DistillConfig has no {", ".join(sorted(unknown))}')
-    return found
-
-def _taught(args, tokenizer):
-    "Answers, or examples in this tokenizer with a local teacher's distributions."
-    if not (Path(args.data)/'header.json').exists(): return _answers(args.data, args.model)
-    if getattr(args, 'heldout', 0):
-        raise BadInput('--heldout splits answers by prompt, and a folder of examples names none: capture those for '
-                       'llm-distill evaluate into a folder of their own')
-    from llm_distill.shards import Shards
-    return Shards(args.data, tokenizer=tokenizer)
-
-def _teacher(args, device: str|None = None):
-    from llm_distill.models import load_model
-    return load_model(args.teacher, device) if args.teacher else None
+    return found | {k: v for k in _TRAIN if (v := getattr(args, k)) not in (None, False)}
 
 def _train(args) -> int:
-    from llm_distill.distill import hold_out
-    from llm_distill.evaluate import evaluate
-    from llm_distill.models import find_model, load_tokenizer
     from llm_distill.progress import Progress
-    from llm_distill.saving import Card, load_student, save_student
-    from llm_distill.student import prune
+    from llm_distill.recipe import Recipe, follow
     from llm_distill.tables import atomically
-    from llm_distill.train import DistillConfig, DistillTrainer
-    out, config = Path(args.out), DistillConfig(str(Path(args.out)/'run'), **_settings(args))
-    tokenizer, heldout = load_tokenizer(find_model(args.student)), []
-    answers = _taught(args, tokenizer)
-    if args.heldout: answers, heldout = hold_out(answers, args.heldout)
-    student = load_student(args.student, args.quantize, args.lora, device=config.choice.device)
-    teacher = _teacher(args, config.choice.device)
-    if args.keep_every > 1: student = prune(student, keep_every=args.keep_every)
-    with Progress(labels={'train': 'training'}) as show:
-        trainer = DistillTrainer(student, config, answers, tokenizer, teacher=teacher, on_event=show)
-        before = evaluate(student, heldout, tokenizer) if heldout and config.process_index == 0 else None
-        trainer.train(resume_from_checkpoint=args.resume or None)
-    if trainer.stopping: return 130
-    if config.process_index: return 0
-    scores = {} if before is None else {'before': before, 'after': evaluate(student, heldout, tokenizer)}
-    save_student(student, tokenizer, out/'student', Card.of(answers, scores, training=_settings(args)))
-    told = {name: s.as_dict() for name, s in scores.items()}
-    with atomically(out/'train.json') as f: json.dump({'curve': trainer.curve, **told}, f, indent=2)
-    print(f'the student: {out/"student"}')
-    for name, s in scores.items(): print(f'{name}\n{s}')
+    named = ('data', 'student', 'out', 'model', 'keep_every', 'lora', 'quantize', 'teacher', 'heldout', 'resume')
+    recipe = Recipe(settings=_settings(args), **{name: getattr(args, name) for name in named})
+    with Progress(labels={'train': 'training'}) as show: done = follow(recipe, show)
+    if done.trainer.stopping: return 130
+    if done.folder is None: return 0  # not the first of several processes
+    told = {name: s.as_dict() for name, s in done.scores.items()}
+    with atomically(Path(args.out)/'train.json') as f: json.dump({'curve': done.trainer.curve, **told}, f, indent=2)
+    print(f'the student: {Path(args.out)/"student"}')
+    for name, s in done.scores.items(): print(f'{name}\n{s}')
     return 0
 
 def _evaluate(args) -> None:
     from llm_distill.evaluate import evaluate
-    from llm_distill.models import find_model, load_tokenizer
+    from llm_distill.models import find_model, load_model, load_tokenizer
+    from llm_distill.recipe import read_data
     from llm_distill.tables import atomically
     tokenizer = load_tokenizer(find_model(args.student))
-    scores = evaluate(args.student, _taught(args, tokenizer), tokenizer, teacher=_teacher(args))
+    data, teacher = read_data(args.data, tokenizer, args.model), load_model(args.teacher) if args.teacher else None
+    scores = evaluate(args.student, data, tokenizer, teacher=teacher)
     print(scores)
     if args.json:
         with atomically(args.json) as f: json.dump(scores.as_dict(), f, indent=2)

@@ -27,7 +27,7 @@ class Answer:
     @property
     def text(self) -> str: return self.completion.text
 
-# %% ../nbs/03b_records.ipynb #e4ad24ef
+# %% ../nbs/03b_records.ipynb #48924593
 def _token(token: bytes, logprob: float) -> dict:
     return {'token': token.decode('utf-8', 'replace'), 'bytes': list(token), 'logprob': float(logprob)}
 
@@ -59,18 +59,28 @@ def as_record(
         'sample': answer.sample, 'meta': answer.meta,
         'logprobs': {'content': _places(said.logprobs)} if said.logprobs is not None else None}
 
+def _said(record: dict) -> list:
+    "The conversation with its answer; of a prompt and a completion, each a text or a list of messages, likewise."
+    if 'messages' in record or 'completion' not in record: return record.get('messages')
+    asked, told = record.get('prompt'), record['completion']
+    said = [{'role': 'assistant', 'content': told}] if isinstance(told, str) else told
+    return [*as_messages(asked), *said] if isinstance(said, list) else said
+
 def from_record(
-    record: dict,          # With `messages`, the last being the assistant's
+    record: dict,          # With `messages`, the last being the assistant's; or with `prompt` and `completion`
 ) -> Answer:               # Raises `BadInput`
-    "What `as_record` wrote, or anybody's record with `messages`."
-    said = record.get('messages')
+    "What `as_record` wrote, or anybody's record of this form."
+    said = _said(record)
     if not isinstance(said, list) or not said or not isinstance(said[-1], dict) or said[-1].get('role') != 'assistant':
-        raise BadInput('a record of an answer has "messages", and the last one is the assistant\'s')
+        raise BadInput('a record of an answer has "messages", and the last one is the assistant\'s; '
+                       'or a "prompt" and a "completion"')
+    text = said[-1].get('content') or ''
+    if not isinstance(text, str): raise BadInput('the content of a message is text')
     given = {n: record[n] for n in _FIELDS if record.get(n) is not None}
     usage = Usage(**{n: int(record[n]) for n in Usage.__dataclass_fields__ if record.get(n)})
     places = (record.get('logprobs') or {}).get('content')
     meta = record.get('meta') or {}
-    return Answer(as_messages(said[:-1]), Completion(said[-1]['content'] or '', usage=usage, cached=True, **given,
+    return Answer(as_messages(said[:-1]), Completion(text, usage=usage, cached=True, **given,
                                                      logprobs=_rows(places) if places else None),
                   json.loads(meta) if isinstance(meta, str) else meta, record.get('sample') or 0)
 

@@ -197,7 +197,7 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #321d4089
+# %% ../nbs/08_train.ipynb #b8afc7f2
 class DistillTrainer(_Teaching, _Running, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -284,6 +284,7 @@ class DistillTrainer(_Teaching, _Running, Trainer):
             part, now = self._parts, time.perf_counter()
             logs['tok/s'] = part['tokens']/(now - self._since)
             logs |= {name: part[name]/part[name + ' weight'] for name in ('kl', 'alm', 'ce') if part[name + ' weight']}
+            logs['taught'] = round(part['ce weight'])  # tokens since the last time
             point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce') if k in logs}
             self.curve.append({'step': self.state.global_step, **point})
             part.clear()

@@ -102,3 +102,24 @@ def whisper(t):
     x = features([tone(f) for f in TONES for _ in range(2)], sampling_rate=RATE, return_tensors='pt').input_features
     batch = {'input_features': x, 'decoder_input_ids': y[:, :-1].clamp(min=0), 'labels': y[:, 1:]}
     return _descend(model, batch, 150, .004), features
+
+
+def byte_tokenizer():
+    "A token for each byte, and chat marks."
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<end>',
+                                                additional_special_tokens=['<user>', '<assistant>'])
+    fast.chat_template = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+                          "{% if add_generation_prompt %}<assistant>{% endif %}")
+    return fast
+
+
+def llama(t, seed=0, **size):
+    "A Llama that has learnt nothing."
+    torch.manual_seed(seed)
+    usual = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, max_position_embeddings=512)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(t), pad_token_id=t.pad_token_id, eos_token_id=t.eos_token_id, bos_token_id=None,
+        tie_word_embeddings=True, **usual | size)).eval()
