@@ -1120,6 +1120,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'llm_distill/serving/options.py'),
                                              'llm_distill.serving.options._is_here': ( 'serving.options.html#_is_here',
                                                                                        'llm_distill/serving/options.py'),
+                                             'llm_distill.serving.options._keys_in': ( 'serving.options.html#_keys_in',
+                                                                                       'llm_distill/serving/options.py'),
                                              'llm_distill.serving.options._option': ( 'serving.options.html#_option',
                                                                                       'llm_distill/serving/options.py'),
                                              'llm_distill.serving.options._read': ( 'serving.options.html#_read',
