@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -369,6 +370,25 @@ def test_all_replies_together_have_a_limit(tiny):
     draft.cancel(); draft.cancel()
     assert service.room.taken == 0 and client.post('/v1/chat/completions', json=HI).status_code == 200
     assert service.room.taken == 0
+    engine.close()
+
+
+def test_a_search_is_one_of_the_requests_that_are_answered(tiny):
+    engine, tokenizer = Engine(*tiny, slots=1), tiny[1]
+    service = Service(engine, tokenizer, 'm', max_concurrent=1)
+    client, go = TestClient(create_app(service)), threading.Event()
+    search = HI | {'num_beams': 2, 'n': 2}
+    engine.alone(lambda: go.wait(60))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, '/v1/chat/completions', json=search)
+        assert until(lambda: service.room.inside == 1)
+        for asked in (HI, search, search | {'stream': False}):
+            busy = TestClient(create_app(service)).post('/v1/chat/completions', json=asked)
+            assert busy.status_code == 429 and int(busy.headers['retry-after']) > 0
+        go.set()
+        assert first.result().status_code == 200
+    assert (service.room.inside, service.room.taken) == (0, 0)
+    assert client.post('/v1/completions', json={'model': 'm', 'prompt': 'a', 'num_beams': 2}).status_code == 200
     engine.close()
 
 

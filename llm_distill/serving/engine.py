@@ -40,7 +40,7 @@ class Stats:
     steps: int = 0
     seconds: float = 0.     # That the model computed
 
-# %% ../../nbs/10_serving.engine.ipynb #dc7fbbf2
+# %% ../../nbs/10_serving.engine.ipynb #bdd04718
 class _Line:
     "Who waits, and who gets which slot."
     def _admit(self):
@@ -60,7 +60,7 @@ class _Line:
         slot = source if n and source in spare else min(spare)
         self.slots.copy(source, slot, n)
         self.stats.reused_tokens += n
-        self._at[slot], job.read = job, n
+        self._at[slot], job.read, job.reused = job, n, n
 
     def _soon_shared(self, job: Job) -> bool:
         "Whether somebody is reading the beginning of this prompt, further than anybody has."

@@ -35,7 +35,7 @@ from .sampling import Sampling
 from .tools import CallParser, choose_tools, encode_tools, force, parse_calls
 from ..types import BadInput, DistillError, ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.service.ipynb #d1b91885
+# %% ../../nbs/10_serving.service.ipynb #f8c7afef
 _USUAL = 512  # tokens of an answer where nobody says
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class _Reading:
     def _room(self, ids) -> int: return max(1, min(_USUAL, self.engine.max_context - len(ids)))
 
     def _conversation(self, body: ChatRequest):
-        "Token ids, how to find calls (names, whether only one), and for each answer what it must follow, if anything."
+        "Token ids, how to find calls (names, whether only one, whether forced), and what each answer must follow."
         messages = [m.as_message() for m in body.messages]
         self._short(sum(len(m['content']) for m in messages), 'messages')
         try:
@@ -83,12 +83,13 @@ class _Reading:
         except BadInput as e: raise _named(e, 'messages') from e
         except RecursionError: raise refusal('something in this request is nested too deeply') from None
         formed = matchers[0] is not None and not choice.forced
-        return ids, ([] if formed else choice.allowed, choice.single), matchers
+        return ids, ([] if formed else choice.allowed, choice.single, choice.forced), matchers
 
     async def _searched(self, body, asked: list[tuple[list[int], Sampling]]) -> list[list[Piece]]: # Of each answer
         "By `num_beams`, one prompt after the other."
         prompts = asked[::body.draws]
-        return [answer for ids, sampling in prompts for answer in await self._search(body, ids, sampling)]
+        with self.room.held(self._rows(asked)):
+            return [answer for ids, sampling in prompts for answer in await self._search(body, ids, sampling)]
 
     async def _search(self, body, ids, sampling) -> list[list[Piece]]:
         beside = {'logprobs': sampling.top_logprobs is not None,
@@ -121,11 +122,14 @@ class _Reading:
         if n > most: raise refusal(f"This model's maximum context length is {self.engine.max_context} tokens; {n:,} "
                                    'characters are more.', param, 'context_length_exceeded')
 
-    def _draft(self, asked, stream) -> Draft:
+    def _rows(self, asked) -> int:
         rows, most = sum(rows_of(*one) for one in asked), self.limits.max_rows
-        if rows > most:
-            raise refusal(f'The reply may become too large: {rows:,} tokens and alternatives, and {most:,} are '
-                          'allowed; ask for fewer answers, tokens or logprobs.', 'max_tokens')
+        if rows <= most: return rows
+        raise refusal(f'The reply may become too large: {rows:,} tokens and alternatives, and {most:,} are allowed; '
+                      'ask for fewer answers, tokens or logprobs.', 'max_tokens')
+
+    def _draft(self, asked, stream) -> Draft:
+        self._rows(asked)
         return Draft(self.engine, asked, bool(stream), self.room)
 
     def ids(self, text: str|list[int], param: str = 'prompt') -> list[int]: # At least one; raises `Refused`
@@ -135,7 +139,7 @@ class _Reading:
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         return self.tokenizer(text)['input_ids'] or [begin]
 
-# %% ../../nbs/10_serving.service.ipynb #5494bb35
+# %% ../../nbs/10_serving.service.ipynb #fcdb2fa7
 class _Chats(_Reading):
     "`POST /v1/chat/completions`."
     async def chat(self, body: ChatRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -150,15 +154,16 @@ class _Chats(_Reading):
         if _is_search(body): return self._whole_chat(await self._searched(body, asked), reply, *calls)
         draft = self._draft(asked, body.stream)
         if body.stream: return Chunks(draft, self._stream_chat(draft, reply, *calls))
-        return await written(draft, self._whole_chat, await draft.whole(), reply, *calls)
+        answers, reply.cached_tokens = await draft.whole(), draft.cached(body.draws)
+        return await written(draft, self._whole_chat, answers, reply, *calls)
 
-    def _whole_chat(self, answers, reply, names, single) -> dict:
-        said = [parse_calls(_text(pieces), names, single) for pieces in answers] if names else None
+    def _whole_chat(self, answers, reply, names, *how) -> dict:
+        said = [parse_calls(_text(pieces), names, *how) for pieces in answers] if names else None
         return reply.whole(answers, said, answers[0][0].prompt)
 
-    async def _stream_chat(self, draft, reply, names, single):
+    async def _stream_chat(self, draft, reply, names, *how):
         n = len(draft.jobs)
-        tokens, parsers = [0]*n, [CallParser(names, single) for _ in range(n)] if names else None
+        tokens, parsers = [0]*n, [CallParser(names, *how) for _ in range(n)] if names else None
         yield [chunk for i in range(n) for chunk in reply.opening(i)]
         async with aclosing(draft.batches()) as batches:
             async for batch in batches:
@@ -167,6 +172,7 @@ class _Chats(_Reading):
                     tokens[i] = piece.tokens
                     chunks += reply.chunks(piece, i, parsers and _deltas(parsers[i], piece))
                 if chunks: yield chunks
+        reply.cached_tokens = draft.cached(n)
         if reply.include_usage: yield [reply.closing(sum(tokens))]
 
 def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
@@ -174,7 +180,7 @@ def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 def _deltas(parser: CallParser, piece: Piece) -> list[dict]:
     return parser.feed(piece.text) + (parser.finish() if piece.finish else [])
 
-# %% ../../nbs/10_serving.service.ipynb #6ebeb58a
+# %% ../../nbs/10_serving.service.ipynb #8c6ccf66
 class _Completions(_Reading):
     "`POST /v1/completions`."
     async def complete(self, body: CompletionRequest) -> dict|AsyncIterator[dict]: # A reply, or its chunks
@@ -192,7 +198,8 @@ class _Completions(_Reading):
         if _is_search(body): return self._text(await self._searched(body, asked), reply, texts, body)
         draft = self._draft(asked, body.stream)
         if body.stream: return Chunks(draft, self._stream_text(draft, reply, texts, body.draws))
-        return await written(draft, self._text, await draft.whole(), reply, texts, body)
+        answers, reply.cached_tokens = await draft.whole(), draft.cached(body.draws)
+        return await written(draft, self._text, answers, reply, texts, body)
 
     def _prompts(self, given) -> tuple[list[list[int]], list[str]]:
         "Prompts as token ids and as texts."
@@ -222,6 +229,7 @@ class _Completions(_Reading):
                     begun.add(i)
                     chunks += reply.chunks(piece, i)
                 if chunks: yield chunks
+        reply.cached_tokens = draft.cached(draws)
         if reply.include_usage: yield [reply.closing(sum(tokens.values()))]
 
 # %% ../../nbs/10_serving.service.ipynb #0ea1cd25
