@@ -124,7 +124,7 @@ def _piped(run): # What a command does
             return 0
     return running
 
-# %% ../../nbs/11_tuning.commands.ipynb #7e30f18b
+# %% ../../nbs/11_tuning.commands.ipynb #b72e44fe
 _SERVING = ('home', 'host', 'port', 'max_jobs', 'models', 'allow_hub', 'no_key', 'cors', 'per_minute', 'max_upload',
             'loglevel')
 
@@ -178,7 +178,7 @@ def add_commands(
         sub.set_defaults(run=run, stopped='')
         return sub.add_argument
     _add_serve(command('serve', _serve, 'take jobs over HTTP, and train them on this machine'))
-    add = command('key', _key, 'make a key and print it, known from the service\'s next start; a key is an owner of jobs')
+    add = command('key', _key, 'make a key, known from the service\'s next start; a key is an owner of jobs')
     add('name', help='of its owner')
     add('--home', metavar='DIR', help='of the service')
     on = '; the job goes on'
