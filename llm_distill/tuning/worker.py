@@ -104,7 +104,7 @@ def _training_args(job: dict, config) -> dict:
             'hyperparameters': job['request'].hyperparameters.model_dump(exclude_none=True),
             'settings': _public_settings(config)}
 
-# %% ../../nbs/11_tuning.worker.ipynb #16b46394
+# %% ../../nbs/11_tuning.worker.ipynb #e460f180
 class _Stopped(Exception): "Somebody cancelled the job where there is no trainer to be stopped."
 
 class _Job:
@@ -116,8 +116,8 @@ class _Job:
         threading.Thread(target=self._watch, daemon=True, name='stop').start()
 
     def _watch(self):
-        while not self.asked.wait(.2):
-            if (self.folder/'stop').exists(): self.asked.set()
+        while not ((self.folder/'stop').exists() or self.asked.wait(.2)): pass
+        self.asked.set()
         with self.lock:
             if self.over: return
             if self.trainer is not None: self.trainer.stop()
