@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,13 +192,13 @@ def test_what_cannot_be_done_is_said(job, how, words):
 
 
 def test_code_that_comes_with_a_model_is_never_run(job, home):
-    folder = home/'coded'
-    folder.mkdir(exist_ok=True)
+    folder = shutil.copytree(home/'model', home/'coded')
     (folder/'config.json').write_text(json.dumps({
         'model_type': 'mine', 'auto_map': {'AutoConfig': 'mine.Config', 'AutoModelForCausalLM': 'mine.Model'}}))
     (folder/'mine.py').write_text(f'open({str(home/"was-run")!r}, "w")')
-    done = subprocess.run([*WORKER, job(model='coded')], capture_output=True, text=True, input='y\ny\ny\n')
-    assert done.returncode == 1 and not (home/'was-run').exists()
+    worker = start(job(model='coded'), stdin=subprocess.PIPE)
+    log = worker.communicate('y\ny\ny\n', timeout=100)[0]
+    assert worker.returncode == 1 and 'trust_remote_code' in log and not (home/'was-run').exists()
 
 
 # How it ends ----------------------------------------------------------------------------------------------------------
