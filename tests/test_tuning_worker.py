@@ -58,9 +58,9 @@ def job(tmp_path, home):
              name='job', **hyperparameters):
         folder = tmp_path/name
         folder.mkdir()
-        request = {'model': 'm', 'training_file': 'file-1', 'method': method, 'seed': seed,
+        request = {'model': model, 'training_file': training_file, 'method': method, 'seed': seed,
                    'hyperparameters': {'precision': 'float32', 'learning_rate': .01} | hyperparameters}
-        if teacher: request['teacher'] = 'some/teacher'
+        if teacher: request['teacher'] = 'tuning:tune-0'
         (folder/'job.json').write_text(json.dumps({
             'id': 'tune-1', 'request': request, 'model': str(home/model), 'teacher': teacher and str(home/teacher),
             'training_file': str(home/training_file),
@@ -149,7 +149,7 @@ def test_a_teacher_in_memory_is_learnt(job, home):
     assert run_job(folder) == 0
     figures = end(folder)['metrics']
     assert figures['kl_after'] < figures['kl_before']  # over the whole vocabulary: the file has no logprobs
-    assert 'teacher' in (folder/'result'/'model'/'README.md').read_text()
+    assert '| tuning:tune-0 |' in (folder/'result'/'model'/'README.md').read_text()
 
 
 @pytest.mark.skipif(find_spec('peft') is None, reason='needs peft')
