@@ -3356,7 +3356,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llm_distill/tuning/worker.py'),
                                            'llm_distill.tuning.worker._listener': ( 'tuning.worker.html#_listener',
                                                                                     'llm_distill/tuning/worker.py'),
-                                           'llm_distill.tuning.worker._name': ('tuning.worker.html#_name', 'llm_distill/tuning/worker.py'),
                                            'llm_distill.tuning.worker._our_warnings_told': ( 'tuning.worker.html#_our_warnings_told',
                                                                                              'llm_distill/tuning/worker.py'),
                                            'llm_distill.tuning.worker._prepare': ( 'tuning.worker.html#_prepare',
