@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14_cli.ipynb #7a829b40
+# %% ../nbs/14_cli.ipynb #6d9e53a8
 import argparse
 import json
 import signal
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import llm_distill
 from .serving.options import add_options, from_flags
+from .tuning.commands import add_commands
 from .types import BadInput, DistillError
 
 # %% ../nbs/14_cli.ipynb #b32babe2
@@ -240,7 +241,7 @@ def _evaluate(args) -> None:
     if args.json:
         with atomically(args.json) as f: json.dump(scores.as_dict(), f, indent=2)
 
-# %% ../nbs/14_cli.ipynb #8ad88e8a
+# %% ../nbs/14_cli.ipynb #c7df810b
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill',
                                      description='From an API key to a small language model of your own.')
@@ -274,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--json', metavar='FILE', help='write the scores as JSON')
     add = command('serve', _serve, 'serve a model behind an OpenAI-compatible API')
     add_options(add)
+    add_commands(commands)
     return parser
 
 # %% ../nbs/14_cli.ipynb #5b2a75ba
