@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import ipywidgets as W
 
-# %% ../../nbs/13_panels.look.ipynb #2a6b5aad
+# %% ../../nbs/13_panels.look.ipynb #b898d8dc
 CSS = '''<style>
 .ld-panel{max-width:60rem;padding:.25rem .75rem .75rem;overflow:visible;color:var(--jp-ui-font-color1,inherit)}
 .ld-panel .widget-html,.ld-panel .widget-html-content{height:auto;margin:0;font-size:13px;line-height:1.5;
@@ -27,7 +27,7 @@ color:inherit;max-width:100%;overflow:visible}
 .ld-row.ld-top{align-items:flex-start}
 .ld-row>.ld-field{flex:1 1 9rem;min-width:8rem}.ld-row>.ld-wide{flex:3 1 18rem;min-width:14rem}
 .ld-row>.ld-small{flex:0 1 7rem;min-width:6rem}
-.ld-field .ld-field{flex:0 0 auto;min-width:0;margin:2px 0 0!important}.ld-field{max-width:100%;align-self:flex-start}
+.ld-field .ld-field{flex:0 0 auto;min-width:0;margin:2px 0 0!important;align-self:stretch}.ld-field{max-width:100%}
 .ld-field>.widget-html{margin:0!important}
 .ld-panel .ld-field.widget-inline-hbox,.ld-panel .ld-field .widget-inline-hbox{flex-direction:column;height:auto;
 align-items:stretch;width:auto}
