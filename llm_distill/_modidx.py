@@ -671,8 +671,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'llm_distill/panels/collect.py'),
                                             'llm_distill.panels.collect._Prompts._keep_upload': ( 'panels.collect.html#_prompts._keep_upload',
                                                                                                   'llm_distill/panels/collect.py'),
-                                            'llm_distill.panels.collect._Prompts._read': ( 'panels.collect.html#_prompts._read',
-                                                                                           'llm_distill/panels/collect.py'),
                                             'llm_distill.panels.collect._Prompts.asked': ( 'panels.collect.html#_prompts.asked',
                                                                                            'llm_distill/panels/collect.py'),
                                             'llm_distill.panels.collect._Prompts.prompt_fields': ( 'panels.collect.html#_prompts.prompt_fields',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dataset_prompts', 'CollectPanel']
 
-# %% ../../nbs/13_panels.collect.ipynb #57b84b3a
+# %% ../../nbs/13_panels.collect.ipynb #1c83686d
 import json
 import re
 import time
@@ -24,11 +24,11 @@ from .look import facts, field, hidden, money, nothing, row, table, uploaded
 from .teacher import TeacherPanel, literal
 from ..progress import Progress
 from ..prompts import read_prompts
-from ..tables import atomically
+from ..tables import atomically, read_rows
 from ..teachers.base import Teacher
 from ..types import BadInput, Event, missing_package
 
-# %% ../../nbs/13_panels.collect.ipynb #0babfdc3
+# %% ../../nbs/13_panels.collect.ipynb #57e6910a
 _OWN = 'questions that come with the package'
 
 def dataset_prompts(
@@ -86,14 +86,10 @@ class _Prompts:
         kind = self.source.value
         if kind == 'paste': found = [line.strip() for line in self.prompts.value.splitlines() if line.strip()]
         elif kind == 'data': found = dataset_prompts(self.data.value, self.column.value, self.rows.value)
-        elif self.path.value.strip(): found = self._read(self.path.value.strip())
+        elif self.path.value.strip(): found = [r for _, r in read_rows(self.path.value.strip())]
         else: raise BadInput('say which file holds the prompts, or choose one from this computer')
         if not found: raise BadInput('there are no prompts yet: write one a line, or choose a file or a data set')
         return found
-
-    def _read(self, path: str) -> list:
-        from llm_distill.tables import read_rows
-        return [r for _, r in read_rows(path)] if self.column.value else read_prompts(path)
 
     def prompts_code(self) -> str:
         "Python for the same prompts."

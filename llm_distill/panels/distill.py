@@ -52,9 +52,9 @@ def curves(
     if axes[0].get_legend_handles_labels()[0]: axes[0].legend(frameon=False, fontsize=8)
     return figure
 
-# %% ../../nbs/13_panels.distill.ipynb #6d7718ad
-_DIVERGENCES = {'Forward KL: cover all the teacher says': 'forward_kl', 'Reverse KL: keep to its likeliest': 'reverse_kl',
-                'Jensen-Shannon: between the two': 'jsd'}
+# %% ../../nbs/13_panels.distill.ipynb #52e97655
+_DIVERGENCES = {'Forward KL: cover all the teacher says': 'forward_kl',
+                'Reverse KL: keep to its likeliest': 'reverse_kl', 'Jensen-Shannon: between the two': 'jsd'}
 
 class DistillPanel(Panel):
     "Train a student on the answers of a project."

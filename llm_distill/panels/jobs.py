@@ -18,7 +18,7 @@ from .look import Chart, esc, facts, field, hidden, nothing, row, table
 from .teacher import KeyField, literal
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.jobs.ipynb #f173279d
+# %% ../../nbs/13_panels.jobs.ipynb #b33115a6
 _MARKS = {'running': '⏳', 'succeeded': '✓', 'failed': '✗', 'cancelled': '■'}
 
 class JobsPanel(Panel):
@@ -74,7 +74,7 @@ class JobsPanel(Panel):
         url = self.base_url.value.strip()
         key = "api_key=getpass.getpass('Key of the service: ')" if self.key.key else ''
         return (f'{"import getpass" + chr(10) if key else ""}from llm_distill.tuning.client import TuningClient\n\n'
-                f'with TuningClient({", ".join(x for x in (literal(*([url] if url else [])), key) if x)}) as client:\n'
+                f'with TuningClient({", ".join(x for x in (literal(base_url=url), key) if x)}) as client:\n'
                 f'    job = client.tunings.create({self.model.value!r}, {self.file.value!r}, '
                 f'hyperparameters={{\'max_steps\': {self.steps.value}}})\n    job = client.tunings.wait(job)\njob')
 
@@ -101,9 +101,9 @@ class JobsPanel(Panel):
             from llm_distill.tuning.process import serve_tunings
             self.server = serve_tunings(self.project.folder/'tunings')
         if self.server is not None and (here or url == self.server.url):
-            return TuningClient(self.server.url, api_key=self.server.api_key)
+            return TuningClient(base_url=self.server.url, api_key=self.server.api_key)
         if self.client is not None: return self.client
-        return TuningClient(url, **({'api_key': key} if key else {}))
+        return TuningClient(base_url=url, **({'api_key': key} if key else {}))
 
     def _watch(self, job: Job, url: str, key, here: bool) -> None:
         client = self._open(url, key, here)
