@@ -40,7 +40,7 @@ def _environment(folder: Path) -> dict:
 
 
 @contextmanager
-def _running(command, folder: Path, url: str, root: Path):
+def running(command, folder: Path, url: str, root: Path):
     "A server in a group of its own, up when `url` answers; all of the group ends with it."
     with (folder/'server.log').open('w') as log:
         process = subprocess.Popen(command, env=_environment(folder), stdout=log, stderr=log, start_new_session=True,
@@ -61,27 +61,27 @@ def _running(command, folder: Path, url: str, root: Path):
 
 
 @contextmanager
-def lab(folder: Path, root: Path):
+def lab(folder: Path, root: Path, dark: bool = False):
     "JupyterLab over `root`; gives its address."
     port = free_port()
     settings = folder/'jupyterlab_settings_dir/@jupyterlab/apputils-extension'
     settings.mkdir(parents=True)
     (settings/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    if dark: (settings/'themes.jupyterlab-settings').write_text('{"theme": "JupyterLab Dark"}')
     command = [sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--ip=127.0.0.1', f'--port={port}',
                f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={root}', '--ServerApp.port_retries=0',
                '--allow-root', '--LabApp.expose_app_in_browser=True']
     url = f'http://127.0.0.1:{port}'
-    with _running(command, folder, f'{url}/api/status?token={TOKEN}', root): yield url
+    with running(command, folder, f'{url}/api/status?token={TOKEN}', root): yield url
 
 
 @contextmanager
-def browser(folder: Path, width: int = 1000, height: int = 1400, dark: bool = False):
+def browser(folder: Path, width: int = 1000, height: int = 1400):
     "A page."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         context = p.chromium.launch_persistent_context(
-            str(folder/'browser'), executable_path=chromium(), args=FLAGS, viewport={'width': width, 'height': height},
-            color_scheme='dark' if dark else 'light')
+            str(folder/'browser'), executable_path=chromium(), args=FLAGS, viewport={'width': width, 'height': height})
         context.set_default_timeout(30_000)
         yield context.pages[0] if context.pages else context.new_page()
         context.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ipywidgets as W
 import pytest
+from small_student import small_student
 
 from llm_distill.panels import (ChatPanel, CollectPanel, DistillPanel, EvaluatePanel, JobsPanel, ServePanel, Studio,
                                 TeacherPanel)
@@ -46,14 +47,7 @@ async def press(panel, button):
 
 @pytest.fixture(scope='module')
 def student(tmp_path_factory):
-    "A student of a few thousand weights a layer that knows nothing."
-    from llm_distill.models import find_model, load_tokenizer
-    from llm_distill.student import new_student
-    from llm_distill.saving import save_student
-    tokenizer = load_tokenizer(find_model('smollm2'))
-    model = new_student({'model_type': 'llama', 'num_hidden_layers': 2, 'hidden_size': 32, 'intermediate_size': 64,
-                         'num_attention_heads': 2, 'num_key_value_heads': 2}, tokenizer)
-    return str(save_student(model, tokenizer, tmp_path_factory.mktemp('tiny')/'student'))
+    return small_student(tmp_path_factory.mktemp('tiny'))
 
 
 @pytest.fixture(scope='module')
@@ -370,7 +364,7 @@ def test_judging_shows_topics_and_examples_and_asks_blindly(project, student):
 def test_chat_streams_side_by_side_and_one_that_fails_says_why(student):
     with LoopbackProvider() as provider:
         async def use():
-            panel, pieces = ChatPanel([student, provider.url, 'no-such-model'], max_tokens=40), []
+            panel, pieces = ChatPanel([student, provider.url, 'no-such-model'], max_tokens=500), []
             panel.said[0].observe(lambda c: pieces.append(c['new']), 'value')
             said = await press(panel, panel.ask_button)
             return panel, said, pieces
@@ -419,7 +413,6 @@ def test_jobs_are_sent_watched_and_cancelled(project, tmp_path):
         panel.file.value, panel.steps.value = str(project/'cache.db'), 100_000
         panel.here_button.click()
         await until(lambda: 'looking every' in panel.status.value or not panel.busy)
-        empty = panel.table.value
         panel.submit_button.click()
         await until(lambda: panel.jobs)
         panel.cancel_button.click()

@@ -28,7 +28,7 @@ from ..tables import atomically, read_rows
 from ..teachers.base import Teacher
 from ..types import BadInput, Event, missing_package
 
-# %% ../../nbs/13_panels.collect.ipynb #57e6910a
+# %% ../../nbs/13_panels.collect.ipynb #68157453
 _OWN = 'questions that come with the package'
 
 def dataset_prompts(
@@ -65,7 +65,7 @@ class _Prompts:
                                 self.upload]}
         self._fit()
         return [row(field(self.source, size='small'), field(self.column, size='small'), *self._parts['data'],
-                    *self._parts['file'], top=True), field(self.prompts)]
+                    *self._parts['file'], top=True), row(field(self.prompts))]
 
     def _fit(self) -> None:
         for kind, parts in self._parts.items():

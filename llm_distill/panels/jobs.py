@@ -18,13 +18,13 @@ from .look import Chart, esc, facts, field, hidden, nothing, row, table
 from .teacher import KeyField, literal
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.jobs.ipynb #b33115a6
+# %% ../../nbs/13_panels.jobs.ipynb #8e25d072
 _MARKS = {'running': '⏳', 'succeeded': '✓', 'failed': '✗', 'cancelled': '■'}
 
 class JobsPanel(Panel):
     "Look after the jobs of a tuning service."
     name, title = 'jobs', 'Jobs'
-    help = 'Training as jobs of a service, here or elsewhere: they go on when this notebook is closed.'
+    help = 'Training as jobs of a service. One that runs elsewhere goes on when this notebook is closed.'
 
     def __init__(
         self,
@@ -133,8 +133,9 @@ class JobsPanel(Panel):
             except queue.Empty: continue
             try:
                 done = client.tunings.create(**more) if what == 'create' else getattr(client.tunings, what)(id)
-                said = f'{done.id} is {done.status}.' if done is not None else f'{id} is gone.'
-                if what != 'retrieve': job.show('status', self.say, said, 'busy')
+                said = {'cancel': f'{id} is told to end; its last checkpoint is kept.', 'delete': f'{id} is gone.',
+                        'create': f'{getattr(done, "id", "")} is {getattr(done, "status", "")}.'}.get(what)
+                if said: job.show('status', self.say, said, 'busy')
             except Exception as e: job.show('status', self.fail, e)
             return
 

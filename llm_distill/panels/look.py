@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import ipywidgets as W
 
-# %% ../../nbs/13_panels.look.ipynb #b898d8dc
+# %% ../../nbs/13_panels.look.ipynb #27016244
 CSS = '''<style>
 .ld-panel{max-width:60rem;padding:.25rem .75rem .75rem;overflow:visible;color:var(--jp-ui-font-color1,inherit)}
 .ld-panel .widget-html,.ld-panel .widget-html-content{height:auto;margin:0;font-size:13px;line-height:1.5;
@@ -21,12 +21,12 @@ color:inherit;max-width:100%;overflow:visible}
 .ld-panel .widget-html-content{width:100%;flex:1 1 auto}
 .ld-panel h3{font-size:17px;font-weight:600;margin:.6rem 0 .1rem;padding:0}
 .ld-panel h4{font-size:13px;font-weight:600;margin:.6rem 0 .2rem;padding:0}
-.ld-faint{opacity:.75}.ld-panel p{margin:.1rem 0 .5rem}
+.ld-panel p{line-height:1.5}.ld-faint{opacity:.75}.ld-panel p{margin:.1rem 0 .5rem}
 .ld-row{display:flex;flex-flow:row wrap!important;align-items:flex-end;gap:.35rem .8rem;margin:.2rem 0}
 .ld-row>*{margin-left:0!important;margin-right:0!important}
 .ld-row.ld-top{align-items:flex-start}
 .ld-row>.ld-field{flex:1 1 9rem;min-width:8rem}.ld-row>.ld-wide{flex:3 1 18rem;min-width:14rem}
-.ld-row>.ld-small{flex:0 1 7rem;min-width:6rem}
+.ld-row>.ld-small{flex:1 1 7rem;min-width:6rem;max-width:11rem}
 .ld-field .ld-field{flex:0 0 auto;min-width:0;margin:2px 0 0!important;align-self:stretch}.ld-field{max-width:100%}
 .ld-field>.widget-html{margin:0!important}
 .ld-panel .ld-field.widget-inline-hbox,.ld-panel .ld-field .widget-inline-hbox{flex-direction:column;height:auto;
