@@ -12,10 +12,10 @@ QUESTION = 'Why do leaves change colour in autumn?'
 
 
 def save(locator, place: Path):
-    "A small PNG: 64 colours are enough for a page."
+    "A small PNG: 128 colours are enough for a page."
     from PIL import Image
     picture = Image.open(io.BytesIO(locator.screenshot())).convert('RGB')
-    picture.quantize(64, dither=Image.Dither.NONE).save(place, optimize=True)
+    picture.quantize(128, dither=Image.Dither.NONE).save(place, optimize=True)
     print(f'{place.name}: {picture.width} x {picture.height}, {place.stat().st_size/1000:.0f} kB', flush=True)
     assert place.stat().st_size < 150_000
 
@@ -34,31 +34,33 @@ def work(page, out: Path):
 
     hand = Hand(page, 'collect', 'Collect')
     hand.choose('Prompts from', 'Data set')
-    hand.fill('First so many', 16)
-    hand.fill('Longest answer', 32)
-    hand.press('Start', '16 answers are there', 600)
+    hand.fill('First so many', 48)
+    hand.fill('Longest answer', 40)
+    hand.press('Start', '48 answers are there', 900)
     hand.panel.locator('details.row > summary').nth(1).click()
     page.evaluate("document.querySelectorAll('.ld-collect details.row').forEach((r, i) => { if (i > 4) r.remove() })")
     take('collect')
 
     hand = Hand(page, 'distill', 'Distil')
-    for rate in (5e-4, 1e-3):
+    for name, rate in (('run-1', 5e-4), ('run-2', 1e-3)):
+        hand.fill('Run', name)
+        hand.choose('Take', '1 layer in 2 of it')
         hand.fill('Learning rate', rate)
-        hand.fill('Steps', 20)
-        hand.fill('Batch', 4)
-        hand.fill('Samples every', 10)
-        hand.press('Start', 'The student is in', 900)
+        hand.fill('Steps', 60)
+        hand.fill('Batch', 8)
+        hand.fill('Held out', .15)
+        hand.fill('Samples every', 20)
+        hand.press('Start', f'The student is in .*{name}', 900)
     hand.choose('Lay another run over', 'run-1')
     take('distill')
 
     hand = Hand(page, 'evaluate', 'Evaluate')
-    hand.fill('Held out', .25)
+    hand.fill('Held out', .15)
     hand.fill('Answers to read', 3)
     hand.press('Evaluate', 'Judged on', 300)
     take('evaluate')
 
     hand = Hand(page, 'chat', 'Chat')
-    hand.fill('Second model', 'project/runs/run-2/student')
     hand.fill('Question', QUESTION)
     hand.fill('Longest answer', 64)
     hand.press('Ask', '2 of 2 answered', 300)
@@ -70,7 +72,7 @@ def work(page, out: Path):
     chat = Hand(page, 'chat', 'Chat')
     chat.fill('First model', url)
     chat.fill('Second model', '')
-    for _ in range(2): chat.press('Ask', '1 of 1 answered', 300)
+    chat.press('Ask', '1 of 1 answered', 300)
     hand = Hand(page, 'serve', 'Serve')
     page.wait_for_timeout(2500)
     take('serve')
@@ -103,7 +105,7 @@ def main():
         folder = Path(folder)
         (folder/'root').mkdir()
         write_notebook(folder/'root/studio.ipynb', "from llm_distill.panels import Studio\n\nStudio('project')")
-        with lab(folder, folder/'root', args.dark) as url, browser(folder, args.width, 1600) as page:
+        with lab(folder, folder/'root', args.dark) as url, browser(folder, args.width, 2600) as page:
             run_notebook(page, url, 'studio.ipynb')
             work(page, args.out)
 

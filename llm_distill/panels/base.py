@@ -104,8 +104,8 @@ def end_all(
         if panel.busy: panel.job.thread.join(max(0., until - time.monotonic()))
         with suppress(Exception): panel.release()
 
-# %% ../../nbs/13_panels.base.ipynb #c88ee447
-_STATES = {'': '', 'busy': '⏳ ', 'good': '✓ ', 'bad': '✗ ', 'stopped': '■ '}
+# %% ../../nbs/13_panels.base.ipynb #d9ca084f
+_STATES = {'': '', 'busy': '● ', 'good': '✓ ', 'bad': '✗ ', 'stopped': '■ '}
 
 class _Parts:
     "The part of a panel that is seen."

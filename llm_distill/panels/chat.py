@@ -104,7 +104,7 @@ def answer(
     tell(said)
     return said
 
-# %% ../../nbs/13_panels.chat.ipynb #ee482199
+# %% ../../nbs/13_panels.chat.ipynb #f166e647
 def open_model(
     name: str, # See above
 ) -> Teacher:  # Raises `BadInput` and what `create_teacher` raises
@@ -134,7 +134,7 @@ class ChatPanel(Panel):
         temperature: float = 0.,
     ):
         self.project, self.teacher, self.opened, self.given = Project(project), teacher, {}, {}
-        self._lock = threading.Lock()
+        self._lock, self.usual = threading.Lock(), (self.project.students() or [''])[0]
         for i, model in enumerate(models):
             if not isinstance(model, str): self.given[f'{model.model} ({i + 1})'] = model
         words = [m if isinstance(m, str) else f'{m.model} ({i + 1})' for i, m in enumerate(models)]
@@ -170,8 +170,9 @@ class ChatPanel(Panel):
         return ['teacher']*(self.teacher is not None) + list(self.given) + self.project.students() + ['smollm2']
 
     def refresh(self) -> None:
-        "Offer the students that there are now."
+        "Offer the students that there are now; the newest comes second, if nothing else was chosen."
         for box in self.models: box.options = self.offers()
+        if self.models[1].value == self.usual: self.usual = self.models[1].value = (self.project.students() or [''])[0]
 
     def open(self, name: str) -> Teacher:
         "A model by a word; opened once."

@@ -19,7 +19,7 @@ from ..progress import Progress
 from ..tables import atomically
 from ..types import BadInput, CacheError, Event
 
-# %% ../../nbs/13_panels.distill.ipynb #03dcc30b
+# %% ../../nbs/13_panels.distill.ipynb #e843b0dc
 def save_run(folder: Path, points: list[dict], scores: dict) -> None: # `scores`: "before" and "after"
     "Write down what a run was like."
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,8 @@ def curves(
 ):                               # A matplotlib Figure
     "Loss and learning rate over the steps; runs differ in line and mark as well as in colour."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7.2, 2.6), layout='constrained')
+    from matplotlib.ticker import MaxNLocator
+    figure = Figure(figsize=(7.8, 2.6), layout='constrained')
     axes = figure.subplots(1, 2, width_ratios=(3, 2))
     for ax, name in zip(axes, ('loss', 'learning_rate')):
         for (run, points), (color, line, mark) in zip(runs.items(), _LINES):
@@ -47,12 +48,13 @@ def curves(
             if found: ax.plot(*zip(*found), color=color, linestyle=line, label=run, **marks)
         ax.set_title('loss, nats per token' if name == 'loss' else 'learning rate', fontsize=9)
         ax.set_xlabel('step', fontsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.tick_params(labelsize=8)
         ax.spines[['top', 'right']].set_visible(False)
     if axes[0].get_legend_handles_labels()[0]: axes[0].legend(frameon=False, fontsize=8)
     return figure
 
-# %% ../../nbs/13_panels.distill.ipynb #52e97655
+# %% ../../nbs/13_panels.distill.ipynb #73ef39a9
 _DIVERGENCES = {'Forward KL: cover all the teacher says': 'forward_kl',
                 'Reverse KL: keep to its likeliest': 'reverse_kl', 'Jensen-Shannon: between the two': 'jsd'}
 
@@ -242,7 +244,7 @@ class DistillPanel(Panel):
         if done.before and done.after:
             page = scores_table(done.before.as_dict(), done.after.as_dict())
             self.scores.value = page.replace('class="numbers"', 'class="ld-table ld-numbers"')
-        return f'The student is in {done.folder}.'
+        return f'The student is in {self._place(name)/"student"}.'
 
     def fail(self, error: BaseException) -> None:
         "Say what went wrong."

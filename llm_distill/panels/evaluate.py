@@ -68,7 +68,7 @@ def worst(
     def badness(r): return r['kl']/r['soft'] if r['soft'] else r['nll']/max(r['tokens'], 1)
     return sorted(rows, key=badness, reverse=True)[:n]
 
-# %% ../../nbs/13_panels.evaluate.ipynb #c80a79a1
+# %% ../../nbs/13_panels.evaluate.ipynb #d11b0474
 class _Blind:
     "The part of the panel that asks you."
     def blind_parts(self) -> list:
@@ -137,7 +137,8 @@ class EvaluatePanel(_Blind, Panel):
     def build(self) -> list:
         student, against, heldout, max_tokens = self._given
         offers = self.project.students()
-        self.student = self.input(W.Combobox, 'Student', student or (offers or [''])[0], options=offers,
+        self.usual = (offers or [''])[0]
+        self.student = self.input(W.Combobox, 'Student', student or self.usual, options=offers,
                                   ensure_option=False, continuous_update=False, placeholder='a folder')
         self.against = self.input(W.Combobox, 'Compare with', against, options=[*offers, 'smollm2'],
                                   ensure_option=False, continuous_update=False,
@@ -162,7 +163,7 @@ class EvaluatePanel(_Blind, Panel):
         "Offer the students that there are now."
         offers = self.project.students()
         self.student.options, self.against.options = offers, [*offers, 'smollm2']
-        if not self.student.value and offers: self.student.value = offers[0]
+        if self.student.value == self.usual: self.usual = self.student.value = (offers or [''])[0]
 
     def names(self) -> list[str]: # Raises `BadInput`
         "Models that are judged, the student last."
@@ -226,7 +227,7 @@ class EvaluatePanel(_Blind, Panel):
         rows = [(words, *(_figure(told, name) for _, told in columns)) for name, words in SCORES.items()
                 if any(told.get(name) is not None for _, told in columns)]
         heads = [n if n == 'before training' else '/'.join(Path(n).parts[-2:]) for n, _ in columns]
-        self.table.value = (table(['on held-out prompts', *heads], rows) +
+        self.table.value = (table(['on held-out prompts', *heads], rows, numbers=True) +
                             '<div class="ld-help">In brackets: 95 % intervals, over prompts.</div>')
         topics = topic_rows(found['rows'], topics_of(self.project))
         self.topics.value = '<h4>Agreement by topic</h4>' + table(
@@ -251,4 +252,5 @@ class EvaluatePanel(_Blind, Panel):
 def _figure(told: dict, name: str) -> str:
     value, span = told.get(name), (told.get('intervals') or {}).get(name)
     if value is None: return 'not known'
-    return f'{value:.3g}' + (f' [{span[0]:.3g}, {span[1]:.3g}]' if span else '')
+    def short(x): return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.3g}'
+    return short(value) + (f' [{short(span[0])}, {short(span[1])}]' if span else '')

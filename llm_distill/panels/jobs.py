@@ -18,8 +18,8 @@ from .look import Chart, esc, facts, field, hidden, nothing, row, table
 from .teacher import KeyField, literal
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.jobs.ipynb #8e25d072
-_MARKS = {'running': '⏳', 'succeeded': '✓', 'failed': '✗', 'cancelled': '■'}
+# %% ../../nbs/13_panels.jobs.ipynb #6b5f2cee
+_MARKS = {'running': '●', 'succeeded': '✓', 'failed': '✗', 'cancelled': '■'}
 
 class JobsPanel(Panel):
     "Look after the jobs of a tuning service."

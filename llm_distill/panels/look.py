@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import ipywidgets as W
 
-# %% ../../nbs/13_panels.look.ipynb #27016244
+# %% ../../nbs/13_panels.look.ipynb #bc93e764
 CSS = '''<style>
 .ld-panel{max-width:60rem;padding:.25rem .75rem .75rem;overflow:visible;color:var(--jp-ui-font-color1,inherit)}
 .ld-panel .widget-html,.ld-panel .widget-html-content{height:auto;margin:0;font-size:13px;line-height:1.5;
@@ -63,7 +63,8 @@ font-variant-numeric:tabular-nums}
 .ld-panel pre{background:rgba(128,128,128,.12);padding:.5rem .7rem;border-radius:6px;overflow-x:auto;font-size:12px;
 white-space:pre-wrap;overflow-wrap:anywhere;color:inherit;margin:.2rem 0}
 .ld-code textarea{font-family:var(--jp-code-font-family,monospace);font-size:12px!important;opacity:1;white-space:pre}
-.ld-panel .widget-image{border-radius:6px;max-width:100%;height:auto}
+.ld-panel .widget-image{border-radius:6px;width:100%;max-width:56rem;height:auto;margin:.3rem 0}
+.ld-card,.ld-facts{margin-top:.35rem}.ld-table td:first-child{min-width:7rem}
 .ld-panel .progress{height:8px}.ld-panel .widget-hprogress{height:14px}
 .ld-panel .widget-tab>.p-TabBar .p-TabBar-tab,.ld-panel .widget-tab>.lm-TabBar .lm-TabBar-tab{flex:0 1 auto;min-width:0}
 </style>'''
@@ -97,7 +98,7 @@ def money(usd: float|None) -> str: # "$0.0012", "free", "price not known"
     if usd is None: return 'price not known'
     return 'free' if not usd else f'${usd:,.2f}' if usd >= 1 else f'${usd:.2g}' if usd >= 1e-4 else f'${usd:.1e}'
 
-# %% ../../nbs/13_panels.look.ipynb #325fd0ba
+# %% ../../nbs/13_panels.look.ipynb #77d95700
 def field(
     widget: W.Widget,     # With a description, which becomes the label
     help: str = '',       # A line below it
@@ -135,7 +136,7 @@ class Chart:
         "Show a figure."
         if figure is None: hidden(self.widget); return
         out = io.BytesIO()
-        figure.savefig(out, format='png', dpi=100, facecolor='white')
+        figure.savefig(out, format='png', dpi=144, facecolor='white')
         self.widget.value = out.getvalue()
         hidden(self.widget, False)
 

@@ -17,7 +17,7 @@ from .look import Chart, esc, facts, field, nothing, row
 from .teacher import literal
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.serve.ipynb #f3d494a9
+# %% ../../nbs/13_panels.serve.ipynb #18324a60
 def read_metrics(
     url: str, # Of a server, "/v1" at its end
 ) -> dict[str, float]: # By name, "llm_distill_" left out; raises OSError
@@ -34,13 +34,16 @@ def requests_figure(
 ):                        # A matplotlib Figure
     "What a server did lately."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6.4, 1.9), layout='constrained')
+    from matplotlib.ticker import MaxNLocator
+    figure = Figure(figsize=(7.8, 2.), layout='constrained')
     for ax, values, what, color in ((figure.add_subplot(1, 2, 1), running, 'answers being written', '#2563a8'),
                                     (figure.add_subplot(1, 2, 2), rate, 'tokens per second', '#b4541a')):
         ax.fill_between(seconds, values, step='post', color=color, alpha=.25)
         ax.step(seconds, values, where='post', color=color)
-        ax.set(xlabel='seconds', title=what, ylim=(0, max([1, *values])*1.1))
-        ax.title.set_fontsize(9)
+        ax.set_title(what, fontsize=9)
+        ax.set_xlabel('seconds', fontsize=8)
+        ax.set_ylim(0, max([1, *values])*1.1)
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.tick_params(labelsize=8)
         ax.spines[['top', 'right']].set_visible(False)
     return figure
@@ -73,7 +76,8 @@ class ServePanel(Panel):
 
     def build(self) -> list:
         model, port = self._given
-        self.model = self.input(W.Combobox, 'Model', model or self.offers()[0], options=self.offers(),
+        self.usual = self.offers()[0]
+        self.model = self.input(W.Combobox, 'Model', model or self.usual, options=self.offers(),
                                 ensure_option=False, continuous_update=False, placeholder='a folder, or smollm2')
         self.port = self.input(W.BoundedIntText, 'Port', port, min=0, max=65535)
         self.batch_size = self.input(W.BoundedIntText, 'At a time', 8, min=1, max=1024)
@@ -91,8 +95,9 @@ class ServePanel(Panel):
     def ready(self) -> str: return 'No server is running.'
     def offers(self) -> list[str]: return [*self.project.students(), 'smollm2'] # What may be served
     def refresh(self) -> None:
-        "Offer the students that there are now."
+        "Offer the students that there are now; the newest, if nothing else was chosen."
         self.model.options = self.offers()
+        if self.model.value == self.usual: self.usual = self.model.value = self.offers()[0]
 
     def how(self) -> dict:
         "What `serve` is given."
