@@ -194,7 +194,7 @@ def _add_cache(commands) -> None:
     add = action('copy', 'a copy for a drive on which no cache can live')
     add('to', help='the new file')
 
-# %% ../nbs/14_cli.ipynb #4f9bf09f
+# %% ../nbs/14_cli.ipynb #158afd31
 _TRAIN = ('divergence', 'alpha', 'beta', 'temperature', 'top_k', 'max_length', 'packing', 'precision',
           'learning_rate', 'seed', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size',
           'gradient_accumulation_steps', 'use_cpu',
@@ -260,6 +260,7 @@ def _train(args) -> int:
         before = evaluate(student, heldout, tokenizer) if heldout and config.process_index == 0 else None
         trainer.train(resume_from_checkpoint=args.resume or None)
     if trainer.stopping: return 130
+    student = trainer.whole_student()
     if config.process_index: return 0
     scores = {} if before is None else {'before': before, 'after': evaluate(student, heldout, tokenizer)}
     save_student(student, tokenizer, out/'student', Card.of(answers, scores, training=_settings(args)))

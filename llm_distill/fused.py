@@ -42,13 +42,14 @@ class Head(NamedTuple):
         if self.softcap is not None: grad = grad*(1 - (logits/self.softcap)**2)
         return grad if self.scale == 1 else grad*self.scale
 
-# %% ../nbs/06a_fused.ipynb #b901bd78
+# %% ../nbs/06a_fused.ipynb #dd107cc2
 def head_of(
     model, # A causal LM
 ) -> Head|None: # None where the head is no plain product, e.g. in 4 bits
     "A model's head."
     head, config = model.get_output_embeddings(), model.config
-    if type(head) is not torch.nn.Linear: return None
+    kind = type(head).__mro__[2 if hasattr(head, 'unshard') else 0]  # FSDP2 puts two classes in front of a module's own
+    if kind is not torch.nn.Linear: return None
     factors = [getattr(config, name, None) or 1. for name in ('logit_scale', 'lm_head_multiplier', 'logits_scaling')]
     cap = getattr(config, 'final_logit_softcapping', None)
     return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)

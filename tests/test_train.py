@@ -14,7 +14,7 @@ from llm_distill import (Answer, Completion, DistillConfig, DistillTrainer, Shar
                          make_examples)
 from llm_distill.capture import capture
 from llm_distill.cli import main
-from llm_distill.models import load_tokenizer
+from llm_distill.models import load_model, load_tokenizer
 from llm_distill.targets import collate
 from llm_distill.types import TokenLogprobs, as_messages
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -227,16 +227,29 @@ def train(launcher, answers, student, out, size):
     return json.loads((out/'train.json').read_text())['curve']
 
 
-def test_two_processes_give_the_curve_of_one(tmp_path, answers, student):
-    one = train([sys.executable, '-m', 'llm_distill.cli'], answers, student, tmp_path/'one', 4)
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+@pytest.fixture(scope='module')
+def curve_of_one(tmp_path_factory, answers, student):
+    return train([sys.executable, '-m', 'llm_distill.cli'], answers, student, tmp_path_factory.mktemp('one'), 4)
+
+
+# Either word alone starts several; train --use-cpu keeps them on the CPU
+WAYS = {'whole weights': ['--multi_gpu'],
+        'FSDP2': ['--use_fsdp', '--fsdp_version', '2', '--fsdp_auto_wrap_policy', 'TRANSFORMER_BASED_WRAP']}
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_two_processes_give_the_curve_of_one(tmp_path, answers, student, curve_of_one, way):
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', *WAYS[way], '--num_processes', '2',
               '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
-              '-m', 'llm_distill.cli']  # --multi_gpu alone starts several; train --use-cpu keeps them on the CPU
-    two = train(launch, answers, student, tmp_path/'two', 2)
-    assert [p['step'] for p in one] == [p['step'] for p in two] == [1, 2, 3, 4]
-    for a, b in zip(one, two): assert abs(a['loss'] - b['loss']) < 1e-4, (one, two)
-    assert (tmp_path/'two'/'student'/'model.safetensors').exists()
-    assert 'model' in (tmp_path/'two'/'student'/'README.md').read_text().lower()
+              '-m', 'llm_distill.cli']
+    two = train(launch, answers, student, tmp_path, 2)
+    assert [p['step'] for p in curve_of_one] == [p['step'] for p in two] == [1, 2, 3, 4]
+    for a, b in zip(curve_of_one, two):
+        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-4 for k in a), (curve_of_one, two)
+    assert (tmp_path/'run'/'whole').exists() == (way == 'FSDP2')  # where the shards were put together
+    learnt, before = load_model(tmp_path/'student', 'cpu'), load_model(student, 'cpu')
+    assert apart(learnt, before) > 1e-3 and all(p.isfinite().all() for p in learnt.parameters())
+    assert 'model' in (tmp_path/'student'/'README.md').read_text().lower()
 
 
 def test_the_commands_judge_what_they_have_not_learnt_from(tmp_path, answers, student):
