@@ -170,6 +170,43 @@ def test_what_cannot_be_is_said_before_it_starts(tmp_path, tokenizer):
             LlamaConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)))
 
 
+def scalars(path, event):
+    "Names and (step, value) of what a TensorBoard file holds: length, its sum, an Event, its sum, and so on."
+    raw, at, found = path.read_bytes(), 0, {}
+    while at < len(raw):
+        length = int.from_bytes(raw[at:at + 8], 'little')
+        e = event.FromString(raw[at + 12:at + 12 + length])
+        at += length + 16
+        for v in e.summary.value:
+            if v.HasField('simple_value'): found.setdefault(v.tag, []).append((e.step, v.simple_value))
+    return found
+
+
+def test_tensorboard_gets_every_figure(tmp_path, tokenizer):
+    events = pytest.importorskip('tensorboardX.proto.event_pb2', reason='needs the extra "dev"')
+    t = trainer(tmp_path, tokenizer, max_steps=3, logging_steps=1, report_to='tensorboard')
+    t.train()
+    path, = tmp_path.rglob('events.out.tfevents.*')
+    found = scalars(path, events.Event)
+    assert [step for step, _ in found['train/tok/s']] == [1, 2, 3] and min(found['train/tok/s'])[1] > 0
+    assert [rate for _, rate in found['train/learning_rate']][0] == 0
+    for name in ('loss', 'kl', 'ce'):
+        assert found[f'train/{name}'] == [(p['step'], pytest.approx(p[name], rel=1e-4)) for p in t.curve]
+
+
+def test_wandb_gets_every_figure(tmp_path, tokenizer, monkeypatch):
+    wandb = pytest.importorskip('wandb', reason='needs wandb, which no extra installs')
+    for name, value in (('MODE', 'offline'), ('DIR', tmp_path), ('SILENT', 'true'), ('DISABLE_CODE', 'true')):
+        monkeypatch.setenv(f'WANDB_{name}', str(value))
+    t = trainer(tmp_path, tokenizer, max_steps=3, logging_steps=1, report_to='wandb')
+    t.train()
+    told = dict(wandb.run.summary)
+    wandb.finish()
+    assert {name: told[f'train/{name}'] for name in ('loss', 'kl', 'ce')} == pytest.approx(
+        {name: t.curve[-1][name] for name in ('loss', 'kl', 'ce')}, rel=1e-4)
+    assert told['train/global_step'] == 3 and told['train/tok/s'] > 0 and 'train/learning_rate' in told
+
+
 TRAIN = '''
 import json, sys, warnings
 sys.path.insert(0, sys.argv[1])
