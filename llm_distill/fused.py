@@ -145,7 +145,7 @@ class Text:
         w = w_ce[:, None]
         return torch.zeros_like(ce), ce, put_in_rows(_exp_times(z, whole, w), labels, -w, add=True)
 
-# %% ../nbs/06a_fused.ipynb #1daa9c5c
+# %% ../nbs/06a_fused.ipynb #d1d32526
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
     near = head._replace(weight=weight.to(hidden.dtype))          # one rounding for all terms
@@ -162,6 +162,7 @@ def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, ho
         grad = grad.to(hidden.dtype)
         grad_hidden[rows] = grad @ near.weight
         if weight.requires_grad: grad_weight = _plus_product(grad_weight, grad, hidden[rows])
+        del z, kept, grad                                          # or the next chunk's logits would stand beside them
     as_they_are = (None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
     return [torch.cat(x) for x in zip(*parts)], grad_hidden, *as_they_are
 

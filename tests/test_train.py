@@ -289,6 +289,15 @@ def test_two_processes_give_the_curve_of_one(tmp_path, answers, student, curve_o
     assert 'model' in (tmp_path/'student'/'README.md').read_text().lower()
 
 
+def test_fsdp_1_is_refused_where_it_cannot_shard(tmp_path, answers, student):
+    "accelerate's default; on CPUs it would leave the weights whole and say nothing."
+    words = [sys.executable, '-m', 'accelerate.commands.launch', '--use_fsdp', '--num_processes', '1',
+             '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
+             '-m', 'llm_distill.cli', 'train', answers, '--student', student, '--out', tmp_path, '--use-cpu']
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=240)
+    assert done.returncode and '--fsdp_version 2' in done.stderr
+
+
 def test_the_commands_judge_what_they_have_not_learnt_from(tmp_path, answers, student):
     cli, out = [sys.executable, '-m', 'llm_distill.cli'], tmp_path/'out'
     words = [*cli, 'train', answers, '--student', student, '--out', out, '--max-steps', '2', '--heldout', '.25',
