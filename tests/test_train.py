@@ -289,6 +289,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path, answers, student, curve_o
     assert 'model' in (tmp_path/'student'/'README.md').read_text().lower()
 
 
+@pytest.mark.slow
 def test_fsdp_1_is_refused_where_it_cannot_shard(tmp_path, answers, student):
     "accelerate, where it takes it at all on CPUs, leaves the weights whole and says nothing."
     words = [sys.executable, '-m', 'accelerate.commands.launch', '--use_fsdp', '--fsdp_sync_module_states', 'false',
