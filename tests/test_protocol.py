@@ -2,9 +2,7 @@
 import codecs
 import json
 import math
-import os
 import random
-from pathlib import Path
 
 import numpy as np
 import openai
@@ -348,32 +346,6 @@ def test_explain_reads_what_fastapi_finds():
 
 
 # -- replies: OpenAI's document, the SDK's models, our own reader ----------------------------------------------------
-
-@pytest.fixture(scope='module')
-def document():
-    folder = os.environ.get('LLMD_DATA')
-    path = Path(folder or '.')/'openai-openapi.json'
-    if not folder or not path.exists(): pytest.skip('LLMD_DATA does not name a folder with openai-openapi.json')
-    return json.loads(path.read_text())
-
-
-@pytest.fixture(scope='module')
-def wrong(document):
-    "What is wrong with a reply, by the name of its schema."
-    validators = pytest.importorskip('jsonschema')
-    def plain(x): # `nullable` is OpenAPI 3.0's; JSON schema has a type for it
-        if isinstance(x, list): return [plain(v) for v in x]
-        if not isinstance(x, dict): return x
-        rest = {k: plain(v) for k, v in x.items() if k != 'nullable'}
-        return {'anyOf': [rest, {'type': 'null'}]} if x.get('nullable') is True else rest
-    schemas = plain(document['components']['schemas'])
-    def told(name, reply):
-        wanted = {'$ref': f'#/components/schemas/{name}', 'components': {'schemas': schemas}}
-        found = validators.Draft202012Validator(wanted).iter_errors(orjson.loads(orjson.dumps(reply)))
-        unknown = set(reply) - set(schemas[name]['properties'])
-        return [f'{list(e.path)}: {e.message}' for e in found] + [f'unknown: {n}' for n in unknown]
-    return told
-
 
 def strictly(kind, reply):
     "A reply as the SDK's model, which must know all of it."

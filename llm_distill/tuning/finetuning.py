@@ -59,7 +59,7 @@ class FineTuningRequest(Form):
         same = self.model_dump(include={'model', 'training_file', 'validation_file', 'suffix', 'seed', 'metadata'})
         return TuningRequest(hyperparameters=told, **same)
 
-# %% ../../nbs/11_tuning.finetuning.ipynb #75efc9df
+# %% ../../nbs/11_tuning.finetuning.ipynb #adbf9238
 def _whole(x: float|None) -> int|None: return None if x is None else int(x)
 
 def _numbers(job: Tuning) -> dict:
@@ -83,7 +83,7 @@ def fine_tuning_job(job: Tuning) -> dict:
             'result_files': [_results_id(job)] if job.is_successful else [],
             'trained_tokens': _whole(job.metrics.get('trained_tokens')) if job.status in ENDS else None,
             'estimated_finish': None if left is None else _whole(time.time() + left),
-            'integrations': [], 'metadata': job.metadata or None, 'user_provided_suffix': job.suffix}
+            'integrations': [], 'metadata': job.metadata or None}
 
 def fine_tuning_event(event: TuningEvent) -> dict:
     "An OpenAI `fine_tuning.job.event`."
