@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['ServeOptions', 'env_name', 'from_environment', 'add_options', 'from_flags']
 
-# %% ../../nbs/10_serving.options.ipynb #5b94de1a
+# %% ../../nbs/10_serving.options.ipynb #4e610e89
 import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from ..types import BadInput
 
-# %% ../../nbs/10_serving.options.ipynb #ab6277a5
+# %% ../../nbs/10_serving.options.ipynb #78f988f9
 def _option(default, help, kind=str, env=None, among=None, least=None, key=None): # `key`: the flag of a secret
     about = dict(help=help, kind=kind, env=env, among=among, least=least, key=key)
     return field(metadata=about, repr=key is None, **{'default_factory' if kind is list else 'default': default})
@@ -51,6 +52,8 @@ class ServeOptions:
     engine: str = _option('own', 'own, or vllm where that is installed', among=('own', 'vllm'))
     api_keys: list[str] = _option(list, 'who sends it may ask; better in the environment', list,
                                   env='LLM_DISTILL_API_KEY', key='api-key')
+    api_key_file: str|None = _option(None, 'a file with keys, one a line, as containers get their secrets',
+                                     env='LLM_DISTILL_API_KEY_FILE')
     insecure: bool = _option(False, 'listen beyond this machine without a key', bool)
     cors: list[str] = _option(list, 'web pages from there may ask; * for all', list)
     grace: float = _option(30., 'seconds that answers may still take when the server is told to stop', float, least=0)
@@ -64,15 +67,26 @@ class ServeOptions:
         self.dtype, self.loglevel = _DTYPES.get(self.dtype, self.dtype), self.loglevel.lower()
         self.api_keys, self.cors = ([x] if isinstance(x, str) else list(x) for x in (self.api_keys, self.cors))
         for f in fields(self): _check(f, getattr(self, f.name))
+        if self.api_key_file: self.api_keys, self.api_key_file = self.api_keys + _keys_in(self.api_key_file), None
         if not self.model: raise BadInput('say which model: a folder, a GGUF file, a hub name, or smollm2')
         if not (self.api_keys or self.insecure or _is_here(self.host)):
-            raise BadInput(f'at {self.host} others can reach this server: give it a key, by --api-key or '
+            raise BadInput(f'at {self.host} others can reach this server: give it a key, by --api-key-file or '
                            'LLM_DISTILL_API_KEY (api_keys= in Python), or say --insecure (insecure=True)')
 
-# %% ../../nbs/10_serving.options.ipynb #4a954371
+# %% ../../nbs/10_serving.options.ipynb #1a5080c6
 def _is_here(host: str) -> bool:
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host == 'localhost'
+
+def _keys_in(file: str) -> list[str]:
+    "The keys of a file; what stands in it is in no error."
+    try: lines = Path(file).expanduser().read_text(encoding='utf-8').splitlines()
+    except OSError as e:
+        raise BadInput(f'cannot read the key file {file!r} ({e.strerror}); it must be there and readable for the '
+                       'user that the server runs as') from None
+    except UnicodeDecodeError: raise BadInput(f'the key file {file!r} is no text; write a key a line') from None
+    if keys := [line.strip() for line in lines if line.strip()]: return keys
+    raise BadInput(f'the key file {file!r} is empty; write a key a line')
 
 def _check(f, value) -> None:
     among, least = f.metadata['among'], f.metadata['least']

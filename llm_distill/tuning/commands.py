@@ -56,7 +56,7 @@ def _pairs(given: list[str]|None, flag: str, plain: bool = False) -> dict:
         except ValueError: found[name] = value
     return found
 
-# %% ../../nbs/11_tuning.commands.ipynb #cb23f9f6
+# %% ../../nbs/11_tuning.commands.ipynb #2d08c0b0
 def _create(args) -> int:
     with _client(args) as client:
         job = client.tunings.create(
@@ -103,6 +103,18 @@ def _delete(args) -> None:
             client.tunings.delete(id)
             print(json.dumps({'id': id, 'deleted': True}) if args.json else f'{id} is deleted', flush=True)
 
+def _serve(args) -> int:
+    from llm_distill.tuning.process import run_tunings
+    told = {k: v for k in _SERVING if (v := getattr(args, k)) is not None}
+    key = args.api_key or os.environ.get('LLM_DISTILL_API_KEY')
+    def made(key): print(f'A key, told only now: {key}\n  export LLM_DISTILL_API_KEY={key}', flush=True)
+    def ready(url): print(f'tuning jobs are taken at {url}  (stop with Ctrl-C; those that run go on)', flush=True)
+    return run_tunings(ready, made, api_keys=[key] if key and not args.no_key else [], **told)
+
+def _key(args) -> None:
+    from llm_distill.tuning.process import TuningOptions, make_key
+    print(make_key(TuningOptions(args.home).home, args.name))
+
 def _piped(run): # What a command does
     "Whoever reads our output may have enough of it, as `head` does."
     def running(args):
@@ -112,7 +124,25 @@ def _piped(run): # What a command does
             return 0
     return running
 
-# %% ../../nbs/11_tuning.commands.ipynb #4fce2574
+# %% ../../nbs/11_tuning.commands.ipynb #b72e44fe
+_SERVING = ('home', 'host', 'port', 'max_jobs', 'models', 'allow_hub', 'no_key', 'cors', 'per_minute', 'max_upload',
+            'loglevel')
+
+def _add_serve(add) -> None:
+    add('--home', metavar='DIR', help='folder for jobs and files; left out, LLM_DISTILL_TUNINGS, or one of the system')
+    add('--host', help='address to listen at; left out, 127.0.0.1')
+    add('--port', type=int, help='left out, 8000; 0 takes any free one')
+    add('--max-jobs', type=int, metavar='N', help='jobs that train at a time; left out, 1')
+    add('--models', metavar='DIR', help='a folder whose models may be named')
+    add('--allow-hub', action='store_true', help='models of the hub may be named too')
+    add('--api-key', metavar='KEY', help='lets in; left out, LLM_DISTILL_API_KEY, or those made by "tune key", or a '
+                                         'new one, which is printed once')
+    add('--no-key', action='store_true', help='let everybody on this machine in')
+    add('--cors', action='append', metavar='ORIGIN', help='pages from there may ask')
+    add('--per-minute', type=float, metavar='N', help='requests of a key; left out, 6000; 0: any number')
+    add('--max-upload', type=int, metavar='BYTES', help='of a file; left out, 512 MB')
+    add('--loglevel', choices=['critical', 'error', 'warning', 'info', 'debug'], help='left out, warning')
+
 def _add_create(add) -> None:
     add('model', help='what to train: smollm2, a folder\'s name at the service, tuning:ID of a job, a hub name')
     add('file', help='what to learn from: a local file, which is uploaded, or the id of one that was')
@@ -143,6 +173,14 @@ def add_commands(
                                                           'written here in the list of processes')
         sub.add_argument('--json', action='store_true', help='for programs: an object a line')
         return sub.add_argument
+    def command(name, run, text):
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run, stopped='')
+        return sub.add_argument
+    _add_serve(command('serve', _serve, 'take jobs over HTTP, and train them on this machine'))
+    add = command('key', _key, 'make a key, known from the service\'s next start; a key is an owner of jobs')
+    add('name', help='of its owner')
+    add('--home', metavar='DIR', help='of the service')
     on = '; the job goes on'
     _add_create(action('create', _create, 'submit a job', on))
     add = action('list', _list, 'the jobs, newest first')
