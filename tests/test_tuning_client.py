@@ -644,7 +644,7 @@ def test_an_interrupted_wait_leaves_the_job_alone(service):
         for words in (['wait'], ['logs', '-f']):
             running = subprocess.Popen([SCRIPT, 'tune', *words, job.id], env=env, text=True, stdout=subprocess.PIPE,
                                        stderr=subprocess.PIPE)
-            time.sleep(3)
+            (running.stderr if words == ['wait'] else running.stdout).read(1)  # it is at it
             running.send_signal(signal.SIGINT)
             out, err = running.communicate(timeout=30)
             assert running.returncode == 130 and 'the job goes on' in err and 'Traceback' not in err
