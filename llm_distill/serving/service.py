@@ -351,7 +351,7 @@ def _in_base64(data: bytes) -> tuple[bytes, bytes]: # What is left over, and the
 def _in_json(rows: np.ndarray) -> bytes: # (n, V), as n lists
     return b','.join(orjson.dumps(np.ascontiguousarray(row), option=orjson.OPT_SERIALIZE_NUMPY) for row in rows)
 
-# %% ../../nbs/10_serving.service.ipynb #26bf4d62
+# %% ../../nbs/10_serving.service.ipynb #be187a6a
 class Service(_Chats, _Completions, _Vectors):
     "All that a model can be asked."
     def __init__(
@@ -366,7 +366,7 @@ class Service(_Chats, _Completions, _Vectors):
         width = engine.slots.model.get_input_embeddings().weight.shape[1]
         rows = max(Limits.max_rows, 16*engine.max_context)
         self.limits = Limits(max_logprobs, min(Limits.max_answers, engine.queue), max_rows=rows, max_beams=8,
-                             vocabulary=engine.words.size, dimensions=width)
+                             vocabulary=engine.words.size, context=engine.max_context, dimensions=width)
         self.room, self.longest = Room(4*rows, max_concurrent), max(map(len, engine.words.bytes_of))
         self._wide, self._reading = asyncio.Semaphore(2), 0  # texts whose logits are sent, texts that wait to be read
         self.constraints, self.started = Constraints(tokenizer, engine.words.size, engine.words.ends), time.time()
