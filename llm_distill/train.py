@@ -81,17 +81,20 @@ class DistillConfig(TrainingArguments):
         "The loss that these settings mean."
         return Objective(self.divergence, self.mix, self.alpha, self.beta, self.temperature, self.chunk)
 
-# %% ../nbs/08_train.ipynb #beb7146c
+# %% ../nbs/08_train.ipynb #eec0600c
 class EventCallback(TrainerCallback):
-    "Tell a listener of each step."
+    "Tell a listener of each step, and at the end of the last numbers."
     def __init__(self, on_event: Listener): self.on_event, self.metrics = on_event, {}
     def on_train_begin(self, args, state, control, **_):
+        self.metrics = {}
         self.on_event(Event('train', state.global_step, state.max_steps))
     def on_step_end(self, args, state, control, **_):
-        self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
+        if state.global_step < state.max_steps: self._tell(state)
+    def on_train_end(self, args, state, control, **_): self._tell(state)
     def on_log(self, args, state, control, logs=None, **_):
         shown = ('loss', 'kl', 'alm', 'ce', 'learning_rate', 'tok/s')
-        self.metrics = {k: v for k, v in (logs or {}).items() if k in shown}
+        self.metrics |= {k: v for k, v in (logs or {}).items() if k in shown}
+    def _tell(self, state): self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
 
 class SampleCallback(TrainerCallback):
     "Show what the student answers, every so many steps."
@@ -197,7 +200,7 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #b8afc7f2
+# %% ../nbs/08_train.ipynb #2a60d912
 class DistillTrainer(_Teaching, _Running, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -285,7 +288,7 @@ class DistillTrainer(_Teaching, _Running, Trainer):
             logs['tok/s'] = part['tokens']/(now - self._since)
             logs |= {name: part[name]/part[name + ' weight'] for name in ('kl', 'alm', 'ce') if part[name + ' weight']}
             logs['taught'] = round(part['ce weight'])  # tokens since the last time
-            point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce') if k in logs}
+            point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce', 'learning_rate') if k in logs}
             self.curve.append({'step': self.state.global_step, **point})
             part.clear()
             self._since = now
