@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .types import BadInput, Event
 
-# %% ../nbs/12_progress.ipynb #98a32fd6
+# %% ../nbs/12_progress.ipynb #be2c9ec7
 _WINDOW, _POINTS, _ENDS = 30., 120, ('succeeded', 'failed', 'cancelled')
 
 @dataclass
@@ -59,7 +59,7 @@ class _Job:
     @property
     def rate(self) -> float|None: # Units a second
         (then, first), (now, last) = self.seen[0], self.seen[-1]
-        return (last - first)/(now - then) if now > then and last > first else None
+        return (last - first)/(now - then) if now - then > .5 and last > first else None
 
     @property
     def left(self) -> float|None: # Seconds
@@ -102,7 +102,7 @@ def _table(job: _Job) -> dict[str, str]: # Other numbers, by name
     ended = job.state != 'running'
     return {k: _number(_rounded(k, v) if ended else v) for k, v in job.metrics.items() if k != 'usd'}
 
-# %% ../nbs/12_progress.ipynb #97aad547
+# %% ../nbs/12_progress.ipynb #3b58a248
 _DIM, _COLOR = 'opacity:.7', {'running': 'var(--jp-brand-color1,#3b82c4)', 'done': 'var(--jp-success-color1,#3a9a5b)'}
 _CELL = 'padding:.1em .9em .1em 0;text-align:left;vertical-align:top;border:0;background:transparent;color:inherit'
 
@@ -122,7 +122,7 @@ def _spark(points: list, width: int = 120, height: int = 24) -> str: # SVG; noth
 
 def _bar(job: _Job, label: str) -> str: # HTML
     share, color = job.share, _COLOR.get(job.state, 'var(--jp-warn-color1,#c77d1e)')
-    if share is None: share = float(job.state != 'running')
+    if share is None: return ''  # nobody knows how far it is
     return (f'<div role="progressbar" aria-label="{html.escape(label)}" aria-valuemin="0" aria-valuemax="100" '
             f'aria-valuenow="{share*100:.0f}" style="position:relative;height:.6em;border-radius:.3em;overflow:hidden;'
             f'margin:.25em 0"><div style="position:absolute;inset:0;background:currentColor;opacity:.15"></div>'
@@ -133,7 +133,7 @@ def _block(job: _Job, label: str) -> str: # HTML
     mark = {'running': '', 'done': '✓ ', 'failed': '✗ '}.get(job.state, '– ')
     head = (f'<div style="display:flex;flex-wrap:wrap;gap:0 1em;justify-content:space-between"><b>{mark}'
             f'{html.escape(label)}</b><span>{html.escape(" · ".join(_parts(job)))}</span></div>')
-    cells = [f'<td style="{_CELL}"><span style="{_DIM}">{html.escape(k)}</span><br>{html.escape(v)}</td>'
+    cells = [f'<td style="{_CELL}"><span style="{_DIM}">{html.escape(k.replace("_", " "))}</span><br>{html.escape(v)}</td>'
              for k, v in _table(job).items()]
     if curve := _spark(job.losses): cells.insert(0, f'<td style="{_CELL};vertical-align:middle">{curve}</td>')
     row = ('<table style="border-collapse:collapse;margin:0;font-size:inherit"><tr style="background:transparent">'
