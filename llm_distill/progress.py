@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .types import BadInput, Event
 
-# %% ../nbs/12_progress.ipynb #be2c9ec7
+# %% ../nbs/12_progress.ipynb #618d2a85
 _WINDOW, _POINTS, _ENDS = 30., 120, ('succeeded', 'failed', 'cancelled')
 
 @dataclass
@@ -39,7 +39,7 @@ class _Job:
     def hear(self, event: Event, now: float) -> None:
         if event.total is not None or 'status' not in event.metrics: self.done, self.total = event.done, event.total
         told = {k: v for k, v in event.metrics.items() if k not in ('samples', 'message', 'status')}
-        self.metrics |= told
+        if told: self.metrics = told
         self.seen.append((now, self.done))
         while len(self.seen) > 2 and now - self.seen[0][0] > _WINDOW: self.seen.popleft()
         losses = [told[k] for k in ('loss', 'kl') if isinstance(told.get(k), float) and math.isfinite(told[k])]
@@ -102,7 +102,7 @@ def _table(job: _Job) -> dict[str, str]: # Other numbers, by name
     ended = job.state != 'running'
     return {k: _number(_rounded(k, v) if ended else v) for k, v in job.metrics.items() if k != 'usd'}
 
-# %% ../nbs/12_progress.ipynb #3b58a248
+# %% ../nbs/12_progress.ipynb #ac524573
 _DIM, _COLOR = 'opacity:.7', {'running': 'var(--jp-brand-color1,#3b82c4)', 'done': 'var(--jp-success-color1,#3a9a5b)'}
 _CELL = 'padding:.1em .9em .1em 0;text-align:left;vertical-align:top;border:0;background:transparent;color:inherit'
 
@@ -133,8 +133,8 @@ def _block(job: _Job, label: str) -> str: # HTML
     mark = {'running': '', 'done': '✓ ', 'failed': '✗ '}.get(job.state, '– ')
     head = (f'<div style="display:flex;flex-wrap:wrap;gap:0 1em;justify-content:space-between"><b>{mark}'
             f'{html.escape(label)}</b><span>{html.escape(" · ".join(_parts(job)))}</span></div>')
-    cells = [f'<td style="{_CELL}"><span style="{_DIM}">{html.escape(k.replace("_", " "))}</span><br>{html.escape(v)}</td>'
-             for k, v in _table(job).items()]
+    shown = {html.escape(k.replace('_', ' ')): html.escape(v) for k, v in _table(job).items()}
+    cells = [f'<td style="{_CELL}"><span style="{_DIM}">{k}</span><br>{v}</td>' for k, v in shown.items()]
     if curve := _spark(job.losses): cells.insert(0, f'<td style="{_CELL};vertical-align:middle">{curve}</td>')
     row = ('<table style="border-collapse:collapse;margin:0;font-size:inherit"><tr style="background:transparent">'
            f'{"".join(cells)}</tr></table>')

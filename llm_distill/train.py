@@ -81,7 +81,7 @@ class DistillConfig(TrainingArguments):
         "The loss that these settings mean."
         return Objective(self.divergence, self.mix, self.alpha, self.beta, self.temperature, self.chunk)
 
-# %% ../nbs/08_train.ipynb #eec0600c
+# %% ../nbs/08_train.ipynb #427faa72
 class EventCallback(TrainerCallback):
     "Tell a listener of each step, and at the end of the last numbers."
     def __init__(self, on_event: Listener): self.on_event, self.metrics = on_event, {}
@@ -93,7 +93,7 @@ class EventCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **_): self._tell(state)
     def on_log(self, args, state, control, logs=None, **_):
         shown = ('loss', 'kl', 'alm', 'ce', 'learning_rate', 'tok/s')
-        self.metrics |= {k: v for k, v in (logs or {}).items() if k in shown}
+        if 'loss' in (logs or {}): self.metrics = {k: v for k, v in logs.items() if k in shown}
     def _tell(self, state): self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
 
 class SampleCallback(TrainerCallback):
