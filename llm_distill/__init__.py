@@ -33,13 +33,16 @@ _HOMES = {
     'distill': ['Phase', 'quick_distill', 'train_phases'],
     'recipe': ['Recipe', 'follow', 'read_data'],
     'evaluate': ['Scores', 'difference', 'evaluate', 'write'],
+    'details': ['Details', 'details'],
+    'plots': ['plot_agreement_by_position', 'plot_cost_vs_quality', 'plot_curve', 'plot_entropy_vs_error',
+              'plot_kl_by_topic', 'plot_reliability'],
     'judge': ['Speed', 'Verdicts', 'judge', 'speed', 'text_metrics'],
     'compare': ['compare'],
     'serving.process': ['Server', 'run_server', 'serve'],
     'tuning.process': ['run_tunings', 'serve_tunings'],
     'tuning.aclient': ['AsyncTuningClient'],
     'tuning.client': ['TuningClient'],
-    'progress': ['Progress'],
+    'progress': ['Progress', 'tuning_event', 'watch_server'],
     'demo': ['demo_prompts', 'run_demo'],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -85,17 +85,20 @@ class DistillConfig(TrainingArguments):
         "The loss that these settings mean."
         return Objective(self.divergence, self.mix, self.alpha, self.beta, self.temperature, self.chunk)
 
-# %% ../nbs/08_train.ipynb #beb7146c
+# %% ../nbs/08_train.ipynb #427faa72
 class EventCallback(TrainerCallback):
-    "Tell a listener of each step."
+    "Tell a listener of each step, and at the end of the last numbers."
     def __init__(self, on_event: Listener): self.on_event, self.metrics = on_event, {}
     def on_train_begin(self, args, state, control, **_):
+        self.metrics = {}
         self.on_event(Event('train', state.global_step, state.max_steps))
     def on_step_end(self, args, state, control, **_):
-        self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
+        if state.global_step < state.max_steps: self._tell(state)
+    def on_train_end(self, args, state, control, **_): self._tell(state)
     def on_log(self, args, state, control, logs=None, **_):
         shown = ('loss', 'kl', 'alm', 'ce', 'learning_rate', 'tok/s')
-        self.metrics = {k: v for k, v in (logs or {}).items() if k in shown}
+        if 'loss' in (logs or {}): self.metrics = {k: v for k, v in logs.items() if k in shown}
+    def _tell(self, state): self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
 
 class SampleCallback(TrainerCallback):
     "Show what the student answers, every so many steps."
@@ -222,7 +225,7 @@ class _Sharding:
         self.accelerator.wait_for_everyone()
         return load_student(folder, device=self.args.choice.device)
 
-# %% ../nbs/08_train.ipynb #22b5b204
+# %% ../nbs/08_train.ipynb #6f70247a
 class DistillTrainer(_Teaching, _Running, _Sharding, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -317,7 +320,7 @@ class DistillTrainer(_Teaching, _Running, _Sharding, Trainer):
             logs['tok/s'] = part['tokens']/(now - self._since)
             logs |= {name: part[name]/part[name + ' weight'] for name in ('kl', 'alm', 'ce') if part[name + ' weight']}
             logs['taught'] = round(part['ce weight'])  # tokens since the last time
-            point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce') if k in logs}
+            point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce', 'learning_rate') if k in logs}
             self.curve.append({'step': self.state.global_step, **point})
             self._parts.clear()
             self._since = now
