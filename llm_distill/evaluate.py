@@ -146,10 +146,15 @@ def _measure(logits, labels, ids, logprobs, soft, p=None):
     columns = torch.cat([torch.stack([torch.ones_like(nll), soft, nll], 1), columns], 1)
     return columns.cpu().double(), confidence.exp().cpu().double(), (confidence.exp() - hit).cpu().double()
 
-# %% ../nbs/09_evaluate.ipynb #c85d454b
+# %% ../nbs/09_evaluate.ipynb #8fbe44ec
+def _entropy(logprobs, whole: bool): # (N, k) to (N,) nats; what is not shown counts as one outcome
+    p = logprobs.exp()
+    shown = torch.special.entr(p).sum(-1)
+    return shown if whole else shown + torch.special.entr((1 - p.sum(-1)).clamp_min(0))
+
 @torch.no_grad()
-def _score_batch(model, batch, teacher=None, vocab=None, chunk=256) -> np.ndarray: # (B, 7 + BINS)
-    "Sums of each example."
+def _score_batch(model, batch, teacher=None, vocab=None, chunk=256, keep=None) -> np.ndarray: # (B, 7 + BINS)
+    "Sums of each example; a list `keep` also gets what is known of each token."
     taught = batch['labels'][:, 1:] != -100
     labels, ids, logprobs, soft = (batch[n][:, 1:][taught] for n in ('labels', 'top_ids', 'top_logprobs', 'soft'))
     student, expert = _reader(model, batch, taught), None if teacher is None else _reader(teacher, batch, taught)
@@ -162,6 +167,10 @@ def _score_batch(model, batch, teacher=None, vocab=None, chunk=256) -> np.ndarra
         where = example[rows.cpu()]
         sums[:, :len(_SUMS)].index_add_(0, where, columns)
         sums.index_put_((where, len(_SUMS) + (sure*BINS).long().clamp(0, BINS - 1)), gap, accumulate=True)
+        if keep is None: continue
+        unsure = _entropy(logprobs[rows].float() if p is None else p, p is not None).cpu()
+        more = torch.stack([where, (taught.cumsum(1) - 1)[taught][rows].cpu(), unsure, sure, sure - gap], 1)
+        keep.append(torch.cat([more, columns], 1).numpy())
     return sums.numpy()
 
 # %% ../nbs/09_evaluate.ipynb #68c79132
@@ -199,7 +208,7 @@ def _common_vocab(model, teacher, tokenizer) -> int|None:
                        'has the tokens of the student; leave it out, or collect its answers with logprobs')
     return min(sizes)
 
-# %% ../nbs/09_evaluate.ipynb #3d75e711
+# %% ../nbs/09_evaluate.ipynb #855932a3
 def evaluate(
     student,                      # A causal LM, or the folder or name of one
     data,                         # The teacher's answers to held-out prompts, best with logprobs; examples; or prompts
@@ -217,6 +226,12 @@ def evaluate(
 ) -> Scores:                      # Raises `BadInput` where there is nothing to judge by
     "Measure a student against its teacher's answers."
     answers = _answered(data, teacher, cache, asking)
+    return _judged(student, answers, tokenizer, batch_size, top_k, max_length, on_event, teacher, estimated, resamples,
+                   seed)[0]
+
+# %% ../nbs/09_evaluate.ipynb #42e06e4e
+def _judged(student, answers, tokenizer, batch_size, top_k, max_length, on_event, teacher, estimated, resamples, seed,
+            keep=None) -> tuple[Scores, np.ndarray]: # And how much each example counts
     if isinstance(student, str|Path): student, place = load_model(student), student
     else: place = student.config.name_or_path
     if tokenizer is None: tokenizer = load_tokenizer(place)
@@ -225,11 +240,17 @@ def evaluate(
     models, sums = [m for m in (student, expert) if m is not None], []
     were_training = [m.training for m in models]
     for m in models: m.eval()
+    if on_event: on_event(Event('evaluate', 0, len(examples)))
     try:
         for start in range(0, len(examples), batch_size):
             batch = collate(examples[start:start + batch_size], tokenizer.pad_token_id)
-            sums.append(_score_batch(student, {k: v.to(student.device) for k, v in batch.items()}, expert, vocab))
-            if on_event: on_event(Event('evaluate', min(start + batch_size, len(examples)), len(examples)))
+            rows = {k: v.to(student.device) for k, v in batch.items()}
+            kept = None if keep is None else []
+            sums.append(_score_batch(student, rows, expert, vocab, keep=kept))
+            for x in kept or (): x[:, 0] += start
+            if keep is not None: keep += kept
+            done = min(start + batch_size, len(examples))
+            if on_event: on_event(Event('evaluate', done, len(examples), _sofar(sums)))
     finally:
         for m, was in zip(models, were_training): m.train(was)
     weights = np.array([float(e.get('weight', 1)) for e in examples])
@@ -238,7 +259,12 @@ def evaluate(
     estimated = expert is None and counted
     if estimated: sums[:, _SUMS.index('reverse_kl')] = np.nan
     keys, sums = _by_prompt(_prompt_keys(answers, examples), sums)
-    return Scores.of(keys, sums, resamples, seed, exact=expert is not None, estimated=estimated)
+    return Scores.of(keys, sums, resamples, seed, exact=expert is not None, estimated=estimated), weights
+
+def _sofar(sums: list) -> dict: # What a listener is told
+    total = sum(s.sum(0) for s in sums)
+    known = figures(total)
+    return {k: float(known[k]) for k in ('kl', 'agreement', 'perplexity') if np.isfinite(known[k])}
 
 # %% ../nbs/09_evaluate.ipynb #5b8aa92f
 def difference(

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')  # half of two cores each
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(sys.executable).with_name('llm-distill')
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the jobs that a shell runs in the background ignore it
+
+
+def pytest_collection_modifyitems(items):
+    "A file's tests share servers and models, so one worker gets them all; notebooks share nothing."
+    for item in items:
+        alone = item.path.name == 'test_notebooks.py'
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
 
 
 @pytest.fixture

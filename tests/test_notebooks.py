@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,9 @@ def run(notebook) -> subprocess.CompletedProcess:
     return subprocess.run([test, notebook], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.fixture(scope='module')
-def runs(request):
-    "All that were asked for, two at a time: half of each is the import of torch, which uses one core."
-    asked = [item.callspec.params['notebook'] for item in request.session.items
-             if item.path == request.path and 'notebook' in getattr(getattr(item, 'callspec', None), 'params', ())]
-    pool = ThreadPoolExecutor(2)
-    yield {notebook: pool.submit(run, notebook) for notebook in asked}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: p.stem)
-def test_notebook(runs, notebook):
-    done = runs[notebook].result()
+def test_notebook(notebook):
+    done = run(notebook)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -21,7 +21,6 @@ from llm_distill.serving.engine import Engine
 from llm_distill.serving.sampling import Sampling
 from llm_distill.types import ServerBusy
 from pydantic import BaseModel
-from test_protocol import document, wrong  # noqa: F401
 
 QUESTIONS = ['Why is the sky blue?', 'Name a planet.', 'What is 12 times 7?', 'Write a poem about rain.',
              'Who was Ada Lovelace?', 'Hi', 'word '*150, 'List three fruits.']

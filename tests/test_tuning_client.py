@@ -3,6 +3,7 @@ import asyncio
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from email.utils import format_datetime
 import pytest
 from aiohttp import web
 
+from llm_distill.cli import main
 from llm_distill.tuning.aclient import AsyncTuningClient
 from llm_distill.tuning.client import TuningClient
 from llm_distill.tuning.errors import (APIError, AuthenticationError, ConflictError, ConnectionError, NotFoundError,
@@ -477,3 +479,178 @@ with TuningClient("k", sys.argv[1]) as c:
         done = subprocess.run([sys.executable, '-X', 'dev', '-c', code, stub.url], capture_output=True, text=True,
                               timeout=60)
         assert (done.stdout, done.stderr) == ('[]\ntune-1\nrunning\n', '')
+
+
+# -- the real service, with a model small enough to be taught here ---------------------------------------------------
+
+@pytest.fixture(scope='module')
+def service(tmp_path_factory):
+    import small
+    from llm_distill.tuning.process import serve_tunings
+    home = tmp_path_factory.mktemp('tunings')
+    tokenizer = small.byte_tokenizer()
+    small.llama(tokenizer).save_pretrained(home/'models/tiny')
+    tokenizer.save_pretrained(home/'models/tiny')
+    rows = [{'messages': [{'role': 'user', 'content': f'{a} and {b}?'}, {'role': 'assistant', 'content': f'{a + b}.'}]}
+            for a in range(6) for b in range(6)]
+    (home/'sums.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    with serve_tunings(home/'home', models=home/'models', max_jobs=2, max_upload=100_000) as server:
+        server.file = home/'sums.jsonl'
+        yield server
+
+
+TINY = {'max_steps': 12, 'learning_rate': .01, 'batch_size': 4, 'heldout': .2}
+LONG = {'max_steps': 100_000, 'batch_size': 1}
+
+
+def test_a_job_from_end_to_end(service, tmp_path, capsys):
+    with TuningClient(service.api_key, service.url) as c:
+        assert c.health().status == 'ok'
+        job = c.tunings.create('tiny', service.file, hyperparameters=TINY, suffix='sums', metadata={'run': '7'}, seed=1)
+        heard = list(c.tunings.stream_logs(job))
+        done = c.tunings.wait(job)
+        assert f'{job.id} succeeded: 100%' in capsys.readouterr().err
+        assert done.is_successful and done.fine_tuned_model == f'tuning:{job.id}' and done.metadata == {'run': '7'}
+        assert done.metrics['loss_after'] < done.metrics['loss_before'] and done.progress.step == 12
+        assert [e.id for e in heard] == [*range(1, len(heard) + 1)]
+        assert [e.model_dump() for e in heard] == [e.model_dump() for e in c.tunings.events(job)]
+        assert [e.id for e in c.tunings.events(job, after=2, limit=3)] == [3, 4, 5]
+        assert c.tunings.metrics(job).curve[-1]['step'] == 12
+        folder = c.tunings.download(job, tmp_path/'got')
+        told = {f.name: f.bytes for f in c.tunings.result_files(job)}
+        assert {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob('*') if p.is_file()} == told
+        from llm_distill.saving import load_student
+        assert load_student(folder/'model')
+        again = c.tunings.create(done.fine_tuned_model, job.training_file, hyperparameters=TINY | {'max_steps': 2})
+        assert c.tunings.wait(again, lambda t: None, raise_on_failure=True).is_successful
+        assert [t.id for t in c.tunings.list('succeeded', limit=2)] == [again.id, job.id]
+        c.tunings.delete(again)
+        with pytest.raises(NotFoundError): c.tunings.retrieve(again)
+
+
+def test_what_the_real_service_refuses(service, tmp_path):
+    with TuningClient('wrong', service.url) as c, pytest.raises(AuthenticationError) as e: next(c.tunings.list())
+    assert e.value.status == 401
+    with TuningClient('', service.url) as c, pytest.raises(AuthenticationError, match='LLM_DISTILL_API_KEY'):
+        c.tunings.retrieve('tune-1')
+    with TuningClient(service.api_key, service.url) as c:
+        before = len(list(c.files.list()))
+        with pytest.raises(ValidationError) as e: c.tunings.create('../tiny', service.file)
+        assert e.value.param == 'model' and len(list(c.files.list())) == before
+        big = tmp_path/'big.jsonl'
+        big.write_bytes(b'x'*5_000_000)
+        with pytest.raises(ValidationError) as e: c.files.upload(big)
+        assert e.value.status == 413
+        with pytest.raises(ValidationError): c.files.upload(big.rename(tmp_path/'big.pkl'))
+        kept = c.files.upload(service.file)
+        assert c.files.content(kept) == service.file.read_bytes() and c.files.retrieve(kept).bytes == kept.bytes
+        job = c.tunings.create('tiny', kept, hyperparameters=LONG, idempotency_key='one')
+        assert c.tunings.create('tiny', kept, hyperparameters=LONG, idempotency_key='one').id == job.id
+        with pytest.raises(ConflictError): c.tunings.create('tiny', kept, hyperparameters=TINY, idempotency_key='one')
+        with pytest.raises(ConflictError): c.files.delete(kept)
+        with pytest.raises(ConflictError): c.tunings.delete(job)
+        assert c.tunings.cancel(job).status in ('running', 'cancelled', 'pending')
+        assert c.tunings.wait(job, lambda t: None).status == 'cancelled'
+        with pytest.raises(ConflictError): c.tunings.cancel(job)
+        c.files.delete(kept)
+        with pytest.raises(NotFoundError): c.files.retrieve(kept)
+
+
+def test_a_batch_with_a_bad_file(service, tmp_path):
+    bad = tmp_path/'bad.jsonl'
+    bad.write_text('{"no": "answer"}\n')
+    async def batch():
+        async with AsyncTuningClient(service.api_key, service.url) as c:
+            files = service.file, bad, service.file, service.file
+            told = [dict(model='tiny', training_file=f, hyperparameters=TINY) for f in files]
+            jobs = await c.tunings.create_many(told)
+            assert jobs[0].training_file == jobs[2].training_file
+            await c.tunings.cancel_many(jobs[2:])
+            return await c.tunings.wait_all(jobs)
+    done = asyncio.run(batch())
+    assert [t.status for t in done] == ['succeeded', 'failed', 'cancelled', 'cancelled']
+    assert done[1].error.code == 'bad_input'
+
+
+def test_streams_and_waits_sit_through_a_restart(service, tmp_path):
+    from llm_distill.tuning.process import serve_tunings
+    models = service.file.parent/'models'
+    options = dict(models=models, api_keys=['key-of-mine'])
+    first = serve_tunings(tmp_path/'home', **options)
+    port = int(first.url.split(':')[2].removesuffix('/v1'))
+    with TuningClient('key-of-mine', first.url) as c, ThreadPoolExecutor(2) as pool:
+        job = c.tunings.create('tiny', service.file, hyperparameters=LONG)
+        heard = []
+        def follow():
+            for e in c.tunings.stream_logs(job): heard.append(e.id)
+        following, waiting = pool.submit(follow), pool.submit(c.tunings.wait, job, lambda t: None)
+        while len(heard) < 10: time.sleep(.05)
+        running, first._running = first._running, None  # it goes, its job stays
+        running.listener.stop()
+        first._thread.join()
+        running.service.close()
+        at = len(heard)
+        time.sleep(1)
+        with serve_tunings(tmp_path/'home', port=port, **options):
+            while len(heard) < at + 10: time.sleep(.05)
+            c.tunings.cancel(job)
+            assert waiting.result(60).status == 'cancelled'
+            following.result(60)
+            assert heard == [*range(1, len(heard) + 1)] == [e.id for e in c.tunings.events(job)]
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+def test_commands(service, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv('LLM_DISTILL_API_KEY', service.api_key)
+    monkeypatch.setenv('LLM_DISTILL_TUNING_URL', service.url)
+    def tune(*words, code=0):
+        capsys.readouterr()
+        found = main(['tune', *map(str, words)])
+        done = capsys.readouterr()
+        assert found == code, done
+        assert service.api_key not in done.out + done.err
+        return done
+    settings = [w for pair in (TINY | {'max_steps': 3}).items() for w in ('--set', '{}={}'.format(*pair))]
+    id = tune('create', 'tiny', service.file, *settings, '--suffix', 'owls', '--metadata', 'run=7').out.split()[0]
+    assert 'succeeded' in tune('wait', id).out
+    shown = tune('show', id).out
+    assert '"run": "7"' in shown and 'fine_tuned_model' in shown
+    assert json.loads(tune('show', id, '--json').out)['suffix'] == 'owls'
+    assert id in tune('list', '--status', 'succeeded').out
+    lines = tune('logs', id).out.splitlines()
+    assert lines == tune('logs', '-f', id).out.splitlines() and 'succeeded' in lines[-1]
+    tune('download', id, tmp_path/'got')
+    assert (tmp_path/'got/model/config.json').exists()
+    bad = tmp_path/'bad.jsonl'
+    bad.write_text('{"no": "answer"}\n')
+    failed = tune('create', 'tiny', bad, '--wait', '--json', code=1)
+    assert json.loads(failed.out)['status'] == 'failed' and 'llm-distill: tune-' in failed.err
+    wrong = [('create', 'tiny', service.file, '--set', 'n_epoch=1'), ('create', 'tiny', 'none.jsonl'),
+             ('show', 'tune-0'), ('cancel', id + 'x'), ('list', '--status', 'done'), ('show', id, '--api-key', 'wrong'),
+             ('list', '--base-url', 'http://127.0.0.1:9')]
+    for words in wrong: assert tune(*words, code=1).err.startswith('llm-distill: '), words
+    long = tune('create', 'tiny', service.file, '--set', 'max_steps=100000', '--json').out
+    tune('cancel', id, json.loads(long)['id'])
+    tune('wait', id, json.loads(long)['id'], code=1)
+    tune('delete', id, json.loads(long)['id'])
+
+
+def test_an_interrupted_wait_leaves_the_job_alone(service):
+    from conftest import SCRIPT
+    env = os.environ | {'LLM_DISTILL_API_KEY': service.api_key, 'LLM_DISTILL_TUNING_URL': service.url}
+    with TuningClient(service.api_key, service.url) as c:
+        job = c.tunings.create('tiny', service.file, hyperparameters=LONG)
+        for words in (['wait'], ['logs', '-f']):
+            running = subprocess.Popen([SCRIPT, 'tune', *words, job.id], env=env, text=True, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE)
+            (running.stderr if words == ['wait'] else running.stdout).read(1)  # it is at it
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=30)
+            assert running.returncode == 130 and 'the job goes on' in err and 'Traceback' not in err
+        head = subprocess.run(f'"{SCRIPT}" tune logs -f {job.id} | head -2', shell=True, env=env, capture_output=True,
+                              text=True)
+        assert len(head.stdout.splitlines()) == 2 and 'Traceback' not in head.stderr
+        assert not c.tunings.retrieve(job).is_finished
+        c.tunings.cancel(job)
+        assert c.tunings.wait(job, lambda t: None).status == 'cancelled'

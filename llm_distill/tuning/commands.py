@@ -56,7 +56,7 @@ def _pairs(given: list[str]|None, flag: str, plain: bool = False) -> dict:
         except ValueError: found[name] = value
     return found
 
-# %% ../../nbs/11_tuning.commands.ipynb #2d08c0b0
+# %% ../../nbs/11_tuning.commands.ipynb #f8d516a6
 def _create(args) -> int:
     with _client(args) as client:
         job = client.tunings.create(
@@ -106,10 +106,12 @@ def _delete(args) -> None:
 def _serve(args) -> int:
     from llm_distill.tuning.process import run_tunings
     told = {k: v for k in _SERVING if (v := getattr(args, k)) is not None}
-    key = args.api_key or os.environ.get('LLM_DISTILL_API_KEY')
+    file = None if args.no_key else args.api_key_file or os.environ.get('LLM_DISTILL_API_KEY_FILE')
+    key = args.api_key or (None if file else os.environ.get('LLM_DISTILL_API_KEY'))
     def made(key): print(f'A key, told only now: {key}\n  export LLM_DISTILL_API_KEY={key}', flush=True)
     def ready(url): print(f'tuning jobs are taken at {url}  (stop with Ctrl-C; those that run go on)', flush=True)
-    return run_tunings(ready, made, api_keys=[key] if key and not args.no_key else [], **told)
+    return run_tunings(ready, made, api_keys=[key] if key and not args.no_key else [],
+                       api_key_file=file, **told)
 
 def _key(args) -> None:
     from llm_distill.tuning.process import TuningOptions, make_key
@@ -124,7 +126,7 @@ def _piped(run): # What a command does
             return 0
     return running
 
-# %% ../../nbs/11_tuning.commands.ipynb #b72e44fe
+# %% ../../nbs/11_tuning.commands.ipynb #c555c9ac
 _SERVING = ('home', 'host', 'port', 'max_jobs', 'models', 'allow_hub', 'no_key', 'cors', 'per_minute', 'max_upload',
             'loglevel')
 
@@ -137,6 +139,7 @@ def _add_serve(add) -> None:
     add('--allow-hub', action='store_true', help='models of the hub may be named too')
     add('--api-key', metavar='KEY', help='lets in; left out, LLM_DISTILL_API_KEY, or those made by "tune key", or a '
                                          'new one, which is printed once')
+    add('--api-key-file', metavar='FILE', help='more of them, one a line; left out, LLM_DISTILL_API_KEY_FILE')
     add('--no-key', action='store_true', help='let everybody on this machine in')
     add('--cors', action='append', metavar='ORIGIN', help='pages from there may ask')
     add('--per-minute', type=float, metavar='N', help='requests of a key; left out, 6000; 0: any number')

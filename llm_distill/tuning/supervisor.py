@@ -51,7 +51,7 @@ def read_reports(
         taken += len(line)
     return reports, None, taken
 
-# %% ../../nbs/11_tuning.supervisor.ipynb #e61d8847
+# %% ../../nbs/11_tuning.supervisor.ipynb #3bdde143
 _COMMAND = sys.executable, '-m', 'llm_distill.tuning.worker'
 _STARTS = 20.  # seconds that a process may take until it holds its lock
 
@@ -106,7 +106,7 @@ class Worker:
         with suppress(OSError):
             log = (self.folder/'result'/'training_log.txt').read_bytes()[-4096:].decode(errors='replace').split('\n')
             last = next((line.strip() for line in reversed(log) if line.strip()), '')
-            return f'its process ended, {how}; the last line of its log: {last[:300]}'
+            if last: return f'its process ended, {how}; the last line of its log: {last[:300]}'
         return f'its process ended, {how}'
 
 # %% ../../nbs/11_tuning.supervisor.ipynb #a13510ff
