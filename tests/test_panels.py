@@ -306,7 +306,8 @@ def test_distilling_pauses_stops_resumes_and_is_judged(project, student):
         await until(lambda: panel.points or not panel.busy)
         panel.pause_button.click()
         paused = panel.status.value, panel.pause_button.description
-        await asyncio.sleep(.3)
+        await until(lambda: panel.job.held)
+        await asyncio.sleep(.5)
         held = panel.points[-1]['step'], panel.bar.value
         await asyncio.sleep(.3)
         assert held == (panel.points[-1]['step'], panel.bar.value)

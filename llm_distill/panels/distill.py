@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_run', 'read_run', 'curves', 'DistillPanel', 'found_targets']
 
-# %% ../../nbs/13_panels.distill.ipynb #b9f48987
+# %% ../../nbs/13_panels.distill.ipynb #daa86bad
 import json
 import warnings
 from pathlib import Path
@@ -15,11 +15,12 @@ import ipywidgets as W
 from ..cache import TeacherCache
 from .base import Job, Panel, Project
 from .look import Chart, esc, facts, field, hidden, nothing, row, table
+from ..plots import plot_curve
 from ..progress import Progress
 from ..tables import atomically
 from ..types import BadInput, CacheError, Event
 
-# %% ../../nbs/13_panels.distill.ipynb #e843b0dc
+# %% ../../nbs/13_panels.distill.ipynb #2e73fd8d
 def save_run(folder: Path, points: list[dict], scores: dict) -> None: # `scores`: "before" and "after"
     "Write down what a run was like."
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,30 +32,15 @@ def read_run(folder: Path) -> dict: # {} where there is nothing
     try: return json.loads((folder/'train.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
 
-_LINES = ('#2563a8', '-', 'o'), ('#b4541a', '--', 's')
-
 def curves(
-    runs: dict[str, list[dict]], # Points with "step", "loss", "learning_rate", by the name of the run
-):                               # A matplotlib Figure
-    "Loss and learning rate over the steps; runs differ in line and mark as well as in colour."
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    figure = Figure(figsize=(7.8, 2.6), layout='constrained')
-    axes = figure.subplots(1, 2, width_ratios=(3, 2))
-    for ax, name in zip(axes, ('loss', 'learning_rate')):
-        for (run, points), (color, line, mark) in zip(runs.items(), _LINES):
-            found = [(p['step'], p[name]) for p in points if p.get(name) is not None]
-            marks = {'marker': mark, 'markersize': 4, 'markevery': max(1, len(found)//12)}
-            if found: ax.plot(*zip(*found), color=color, linestyle=line, label=run, **marks)
-        ax.set_title('loss, nats per token' if name == 'loss' else 'learning rate', fontsize=9)
-        ax.set_xlabel('step', fontsize=8)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.tick_params(labelsize=8)
-        ax.spines[['top', 'right']].set_visible(False)
-    if axes[0].get_legend_handles_labels()[0]: axes[0].legend(frameon=False, fontsize=8)
-    return figure
+    runs: dict, # Points with "step", "loss", "learning_rate", by the name of the run
+):              # A matplotlib Figure; None where there are no points
+    "One run with the parts of its loss, or the losses of several, one over the other."
+    known = {name: points for name, points in runs.items() if points}
+    if not known: return None
+    return plot_curve(known if len(known) > 1 else next(iter(known.values())))
 
-# %% ../../nbs/13_panels.distill.ipynb #73ef39a9
+# %% ../../nbs/13_panels.distill.ipynb #2a11e736
 _DIVERGENCES = {'Forward KL: cover all the teacher says': 'forward_kl',
                 'Reverse KL: keep to its likeliest': 'reverse_kl', 'Jensen-Shannon: between the two': 'jsd'}
 
@@ -211,7 +197,7 @@ class DistillPanel(Panel):
         "Remember what was told of a step."
         if 'loss' not in event.metrics: return
         known = {k: event.metrics[k] for k in ('loss', 'kl', 'alm', 'ce', 'learning_rate') if k in event.metrics}
-        if self.points and self.points[-1]['loss'] == known['loss']: return
+        if self.points and (self.points[-1]['loss'] == known['loss'] or self.points[-1]['step'] >= event.done): return
         self.points.append({'step': event.done, **known})
 
     def _live(self, event: Event) -> None:
@@ -226,7 +212,7 @@ class DistillPanel(Panel):
         "The curves of this run, and of the one laid over."
         runs = {self.run_name.value: self.points} if self.points else {}
         if self.overlay.value: runs[self.overlay.value] = read_run(self._place(self.overlay.value)).get('curve', [])
-        self.chart.draw(curves(runs) if runs else None)
+        self.chart.draw(curves(runs))
 
     def _show_samples(self, event: Event) -> None:
         rows = [(s['prompt'], s['teacher'], s['student']) for s in event.metrics['samples']]

@@ -18,7 +18,7 @@ from .look import Chart, esc, facts, field, hidden, nothing, row, table
 from .teacher import KeyField, literal
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.jobs.ipynb #6b5f2cee
+# %% ../../nbs/13_panels.jobs.ipynb #277d0ed2
 _MARKS = {'running': '●', 'succeeded': '✓', 'failed': '✗', 'cancelled': '■'}
 
 class JobsPanel(Panel):
@@ -170,7 +170,7 @@ class JobsPanel(Panel):
         self.cancel_button.disabled = t.is_finished or not self.busy
         self.delete_button.disabled = not t.is_finished or not self.busy
         points = [p for p in found['curve'] if 'loss' in p]
-        self.chart.draw(curves({t.id: points}) if points else None)
+        self.chart.draw(curves({t.id: points}))
         lines = [f'{time.strftime("%H:%M:%S", time.localtime(e.created_at))}  {e.message}'
                  for e in found['events'][-30:]]
         self.log.value = f'<h4>Log</h4><pre>{esc(chr(10).join(lines))}</pre>' if lines else ''
