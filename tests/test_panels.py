@@ -20,6 +20,7 @@ from llm_distill.panels.base import Panel, end_all
 from llm_distill.panels.look import row, uploaded
 from llm_distill.teachers.loopback import LoopbackProvider
 
+pytestmark = pytest.mark.xdist_group('panels')  # what several tests need is made once
 ROOT = Path(__file__).resolve().parent.parent
 KEY = 'sk-not-to-be-seen-0123456789'
 PROMPTS = [{'prompt': f'What is {a} and {b}?', 'topic': ('small', 'large')[a > 3]} for a in range(6) for b in range(2)]
@@ -295,7 +296,7 @@ def test_prompts_of_a_file_of_this_computer_and_of_the_package(tmp_path):
         assert 'nowhere.txt' in panel.status.value and 'ld-bad' in panel.status.value
 
 
-SMALL = dict(max_steps=12, per_device_train_batch_size=4, sample_frequency=4, sample_tokens=4, use_cpu=True)
+SMALL = dict(max_steps=8, per_device_train_batch_size=4, sample_frequency=4, sample_tokens=4, use_cpu=True)
 
 
 def test_distilling_pauses_stops_resumes_and_is_judged(project, student):
@@ -306,7 +307,8 @@ def test_distilling_pauses_stops_resumes_and_is_judged(project, student):
         await until(lambda: panel.points or not panel.busy)
         panel.pause_button.click()
         paused = panel.status.value, panel.pause_button.description
-        await asyncio.sleep(.3)
+        await until(lambda: panel.job.held)
+        await asyncio.sleep(.5)
         held = panel.points[-1]['step'], panel.bar.value
         await asyncio.sleep(.3)
         assert held == (panel.points[-1]['step'], panel.bar.value)
@@ -329,6 +331,7 @@ def test_distilling_pauses_stops_resumes_and_is_judged(project, student):
     ast.parse(panel.code())
 
 
+@pytest.mark.slow
 def test_distilling_in_one_cell_and_as_code(project, student, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     panel = DistillPanel(project, student, 1, **SMALL | {'max_steps': 2})
@@ -364,7 +367,7 @@ def test_judging_shows_topics_and_examples_and_asks_blindly(project, student):
 def test_chat_streams_side_by_side_and_one_that_fails_says_why(student):
     with LoopbackProvider() as provider:
         async def use():
-            panel, pieces = ChatPanel([student, provider.url, 'no-such-model'], max_tokens=500), []
+            panel, pieces = ChatPanel([student, provider.url, 'no-such-model'], max_tokens=200), []
             panel.said[0].observe(lambda c: pieces.append(c['new']), 'value')
             said = await press(panel, panel.ask_button)
             return panel, said, pieces
@@ -377,6 +380,7 @@ def test_chat_streams_side_by_side_and_one_that_fails_says_why(student):
         assert set(panel.run()) == {student, provider.url}
 
 
+@pytest.mark.slow
 def test_serving_starts_is_called_and_stops(student):
     async def use():
         panel = ServePanel(student)

@@ -66,13 +66,14 @@ class Screen:
         try: change(*args)
         except Exception as e: self.fail(e)
 
-# %% ../../nbs/13_panels.base.ipynb #27a1026b
+# %% ../../nbs/13_panels.base.ipynb #e5b7a408
 class Job:
     "Work of a panel, in a thread."
     def __init__(self, panel: 'Panel', work: Callable[['Job'], object], then: Callable|None):
         self.panel, self.work, self.then = panel, work, then
         self.stop, self.going, self.started = threading.Event(), threading.Event(), time.monotonic()
         self.going.set()
+        self.held = False  # whether it waits, paused
         self.thread = threading.Thread(target=self.run, name='llm_distill panel', daemon=True)
 
     def run(self) -> None:
@@ -84,7 +85,8 @@ class Job:
 
     def hold(self) -> bool: # Whether the work should go on
         "Wait while paused."
-        while not self.going.wait(.1) and not self.stop.is_set(): pass
+        while not self.going.wait(.1) and not self.stop.is_set(): self.held = True
+        self.held = False
         return not self.stop.is_set()
 
     def show(self, kind: str, change: Callable, *args) -> None: self.panel.screen.soon(kind, change, *args)
