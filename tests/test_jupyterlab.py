@@ -46,8 +46,11 @@ class Hand:
         if said: self.says(said, seconds)
 
     def says(self, words: str, seconds: float = 90):
-        from playwright.sync_api import expect
-        expect(self.panel.locator('.ld-status').first).to_contain_text(re.compile(words), timeout=1000*seconds)
+        "Waits for words in the status line; an error ends the wait."
+        end, status = time.monotonic() + seconds, self.panel.locator('.ld-status').first
+        while not re.search(words, said := status.inner_text()):
+            assert not said.startswith('✗') and time.monotonic() < end, self.panel.inner_text()
+            self.panel.page.wait_for_timeout(100)
 
 
 def processes(folder: Path) -> list[str]:

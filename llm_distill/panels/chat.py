@@ -104,7 +104,7 @@ def answer(
     tell(said)
     return said
 
-# %% ../../nbs/13_panels.chat.ipynb #f166e647
+# %% ../../nbs/13_panels.chat.ipynb #948078d2
 def open_model(
     name: str, # See above
 ) -> Teacher:  # Raises `BadInput` and what `create_teacher` raises
@@ -214,23 +214,25 @@ class ChatPanel(Panel):
         hidden(self.none)
         for i, box in enumerate(self.said): hidden(box, i >= len(names)).value = ''
         def show(i, html): self.said[i].value = html
-        def one(job: Job, i: int, name: str, done: list):
+        def failed(job: Job, i: int, name: str, e: Exception):
+            words = str(e) if isinstance(e, DistillError | ImportError) else f'{type(e).__name__}: {e}'
+            bad = f'<div class="ld-status ld-bad">✗ {esc(words)}</div>'
+            job.show(f'answer {i}', show, i, f'<div class="ld-card"><b>{esc(name)}</b>{bad}</div>')
+        def one(job: Job, i: int, name: str, model: Teacher, done: list):
             try:
-                job.show(f'answer {i}', show, i, Said().card(name, 'opening …'))
-                model = self.open(name)
                 said = answer(model, question, lambda s: job.show(f'answer {i}', show, i, s.card(name, 'writing …')),
                               job.stop, **how)
                 job.show(f'answer {i}', show, i, said.card(name))
                 done.append(name)
             except Stopped: pass
-            except Exception as e:
-                words = str(e) if isinstance(e, DistillError | ImportError) else f'{type(e).__name__}: {e}'
-                bad = f'<div class="ld-status ld-bad">✗ {esc(words)}</div>'
-                job.show(f'answer {i}', show, i, f'<div class="ld-card"><b>{esc(name)}</b>{bad}</div>')
+            except Exception as e: failed(job, i, name, e)
         def work(job: Job):
-            done = []
-            threads = [threading.Thread(target=one, args=(job, i, name, done), daemon=True)
-                       for i, name in enumerate(names)]
+            threads, done = [], []
+            for i, name in enumerate(names):  # one after the other: loading changes what is common to all threads
+                job.show(f'answer {i}', show, i, Said().card(name, 'opening …'))
+                try: model = self.open(name)
+                except Exception as e: failed(job, i, name, e); continue
+                threads.append(threading.Thread(target=one, args=(job, i, name, model, done), daemon=True))
             for t in threads: t.start()
             for t in threads: t.join()
             if len(done) < len(names) and not job.stop.is_set():
