@@ -57,7 +57,7 @@ def _body_of(kind) -> dict: # For the document: bodies are read by `Bodies`, whi
 def _paged(kind) -> type: # A `Page` of something, for the document
     return type(f'{kind.__name__}Page', (Page,), {'__annotations__': {'data': list[kind]}})
 
-# %% ../../nbs/11_tuning.app.ipynb #9d9a46ab
+# %% ../../nbs/11_tuning.app.ipynb #25ab1c74
 async def _upload(request: Request, bodies: Bodies, most: int) -> tuple[UploadFile, str]: # The file, and its purpose
     if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
         raise refusal('Send a form (multipart/form-data) with the file in it as "file".')
@@ -110,7 +110,8 @@ def _add_files(app: FastAPI, service: TuningService, bodies: Bodies, most: int):
     @app.get('/v1/files/{id}/content', responses=_ERRORS | _BYTES, response_class=FileResponse)
     async def content(request: Request, id: str):
         "A file's bytes."
-        if (text := await asyncio.to_thread(curve, _owner(request), id)) is not None: return Response(text, media_type='text/csv')
+        text = await asyncio.to_thread(curve, _owner(request), id)
+        if text is not None: return Response(text, media_type='text/csv')
         found = uploads.find(id, _owner(request))
         return FileResponse(uploads.path(found), media_type='application/octet-stream', filename=found.filename)
 
