@@ -794,6 +794,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'llm_distill/panels/evaluate.py'),
                                              'llm_distill.panels.evaluate._Blind.chosen': ( 'panels.evaluate.html#_blind.chosen',
                                                                                             'llm_distill/panels/evaluate.py'),
+                                             'llm_distill.panels.evaluate._Blind.end_choice': ( 'panels.evaluate.html#_blind.end_choice',
+                                                                                                'llm_distill/panels/evaluate.py'),
                                              'llm_distill.panels.evaluate._figure': ( 'panels.evaluate.html#_figure',
                                                                                       'llm_distill/panels/evaluate.py'),
                                              'llm_distill.panels.evaluate.by_prompt': ( 'panels.evaluate.html#by_prompt',
