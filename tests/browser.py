@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,9 +48,9 @@ def running(command, folder: Path, url: str, root: Path):
                                    cwd=root)
     try:
         for _ in range(600):
-            with suppress(OSError):
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60).close()
-                break
+            try: urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60).close(); break
+            except urllib.error.HTTPError: break  # it is up, if not of our mind
+            except OSError: pass
             assert process.poll() is None, (folder/'server.log').read_text()[-3000:]
             time.sleep(.1)
         else: raise AssertionError((folder/'server.log').read_text()[-3000:])

@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTION = 'Why do leaves change colour in autumn?'
 
 
-def save(locator, place: Path):
+def save(locator, place: Path, height: int|None = None):
     "A small PNG: 128 colours are enough for a page."
     from PIL import Image
     picture = Image.open(io.BytesIO(locator.screenshot())).convert('RGB')
+    if height: picture = picture.crop((0, 0, picture.width, min(height, picture.height)))
     picture.quantize(128, dither=Image.Dither.NONE).save(place, optimize=True)
     print(f'{place.name}: {picture.width} x {picture.height}, {place.stat().st_size/1000:.0f} kB', flush=True)
     assert place.stat().st_size < 150_000
@@ -22,9 +23,9 @@ def save(locator, place: Path):
 
 def work(page, out: Path):
     "Use all panels, with SmolLM2 as the teacher, and take their pictures."
-    def take(name, what=None):
+    def take(name, height=None):
         page.wait_for_timeout(700)
-        save(page.locator(what or f'.ld-{name}'), out/f'panel_{name}.png')
+        save(page.locator(f'.ld-{name}'), out/f'panel_{name}.png', height)
     page.locator('.ld-studio').wait_for(timeout=90_000)
     hand = Hand(page, 'teacher', 'Teacher')
     hand.fill('Test question', QUESTION)
@@ -58,6 +59,7 @@ def work(page, out: Path):
     hand.fill('Held out', .15)
     hand.fill('Answers to read', 3)
     hand.press('Evaluate', 'Judged on', 300)
+    hand.press('B is better')
     take('evaluate')
 
     hand = Hand(page, 'chat', 'Chat')
@@ -90,7 +92,7 @@ def work(page, out: Path):
 
     Hand(page, 'chat', 'Chat')
     page.get_by_role('tab', name='Distil', exact=True).click()
-    take('studio', '.ld-studio')
+    take('studio', 1240)  # the upper part: for the README
 
 
 def main():

@@ -360,6 +360,7 @@ def test_judging_shows_topics_and_examples_and_asks_blindly(project, student):
     assert 'Judged on 6 prompts' in said and 'agreement' in panel.table.value
     assert 'small' in panel.topics.value and 'What is' in panel.worst.value
     assert not panel.pairs or 'You preferred' in panel.verdict.value
+    assert panel.worst.layout.display is None
     exec(panel.code(), found := {})
     assert found['scores'][student].kl == pytest.approx(panel.scores[student].kl)
 

@@ -20,7 +20,7 @@ from ..progress import Progress
 from ..tables import atomically
 from ..types import BadInput, CacheError, Event
 
-# %% ../../nbs/13_panels.distill.ipynb #2e73fd8d
+# %% ../../nbs/13_panels.distill.ipynb #3ab7ff25
 def save_run(folder: Path, points: list[dict], scores: dict) -> None: # `scores`: "before" and "after"
     "Write down what a run was like."
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,8 @@ def curves(
     "One run with the parts of its loss, or the losses of several, one over the other."
     known = {name: points for name, points in runs.items() if points}
     if not known: return None
-    return plot_curve(known if len(known) > 1 else next(iter(known.values())))
+    if len(known) == 1: return plot_curve(next(iter(known.values())))
+    return plot_curve(known, ['loss', 'learning_rate'])
 
 # %% ../../nbs/13_panels.distill.ipynb #2a11e736
 _DIVERGENCES = {'Forward KL: cover all the teacher says': 'forward_kl',

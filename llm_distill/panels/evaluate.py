@@ -56,7 +56,7 @@ def worst(
     def badness(r): return r['kl']/r['soft'] if r['soft'] else r['nll']/max(r['tokens'], 1)
     return sorted(rows, key=badness, reverse=True)[:n]
 
-# %% ../../nbs/13_panels.evaluate.ipynb #377f873f
+# %% ../../nbs/13_panels.evaluate.ipynb #b8cc90de
 class _Blind:
     "The part of the panel that asks you."
     def blind_parts(self) -> list:
@@ -65,7 +65,9 @@ class _Blind:
         words = (('A is better', 'A'), ('As good', 'tie'), ('B is better', 'B'))
         self.choose = [self.button(label, lambda c=c: self.chosen(c), 'always') for label, c in words]
         for box in (self.first, self.second): box.add_class('ld-field')
-        self.blind = hidden(W.VBox([self.asked, row(self.first, self.second, top=True), row(*self.choose)]))
+        self.reveal = self.button('Enough', self.end_choice, 'always', help='Show whose the answers are')
+        self.blind = hidden(W.VBox([self.asked, row(self.first, self.second, top=True),
+                                    row(*self.choose, self.reveal)]))
         return [self.blind, self.verdict]
 
     def begin_choice(self, pairs: list[tuple[str, str, str]]) -> None: # Question, teacher's answer, student's answer
@@ -77,6 +79,7 @@ class _Blind:
     def _next(self) -> None:
         left = len(self.choices) < len(self.pairs)
         hidden(self.blind, not left)
+        hidden(self.worst, left)  # it says whose the answers are
         for button in self.choose: button.disabled = not left
         if not left:
             if self.pairs: self.verdict.value = self._outcome()
@@ -88,6 +91,11 @@ class _Blind:
         for box, name, text in zip((self.first, self.second), 'AB', answers):
             said = f'<div class="ld-said" dir="auto">{esc(text) or "(nothing)"}</div>'
             box.value = f'<div class="ld-card"><b>{name}</b>{said}</div>'
+
+    def end_choice(self) -> None:
+        "Ask no more."
+        self.pairs = self.pairs[:len(self.choices)]
+        self._next()
 
     def chosen(self, which: str) -> None: # "A", "B" or "tie"
         "Your choice."
@@ -143,9 +151,9 @@ class EvaluatePanel(_Blind, Panel):
     def results(self) -> list:
         self.table = W.HTML(nothing('Scores, topics and examples appear here.'))
         self.topics, self.worst, self.positions, self.reliability = W.HTML(), W.HTML(), Chart(), Chart()
-        charts = self.positions.widget, self.reliability.widget
-        for chart in charts: chart.add_class('ld-field')
-        return [self.table, self.topics, row(*charts, top=True), self.worst, *self.blind_parts()]
+        self.reliability.widget.add_class('ld-half')
+        return [self.table, self.topics, self.positions.widget, self.reliability.widget, *self.blind_parts(),
+                self.worst]
 
     def ready(self) -> str: return 'Ready.'
 
