@@ -926,6 +926,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'llm_distill/panels/teacher.py'),
                                             'llm_distill.panels.teacher.KeyField.get': ( 'panels.teacher.html#keyfield.get',
                                                                                          'llm_distill/panels/teacher.py'),
+                                            'llm_distill.panels.teacher.KeyField.hold': ( 'panels.teacher.html#keyfield.hold',
+                                                                                          'llm_distill/panels/teacher.py'),
                                             'llm_distill.panels.teacher.Stopped': ( 'panels.teacher.html#stopped',
                                                                                     'llm_distill/panels/teacher.py'),
                                             'llm_distill.panels.teacher.TeacherPanel': ( 'panels.teacher.html#teacherpanel',

@@ -17,13 +17,15 @@ from .look import Chart, esc, facts, field, nothing, row
 from .teacher import literal
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.serve.ipynb #18324a60
+# %% ../../nbs/13_panels.serve.ipynb #89b399da
 def read_metrics(
     url: str, # Of a server, "/v1" at its end
+    key: str|None = None, # Of a server that wants one
 ) -> dict[str, float]: # By name, "llm_distill_" left out; raises OSError
     "What a server counts."
     root = url.removesuffix('/v1')
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f'{root}/metrics', timeout=5) as f:
+    asked = urllib.request.Request(f'{root}/metrics', headers={'Authorization': f'Bearer {key}'} if key else {})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=5) as f:
         text = f.read().decode()
     return {m[1]: float(m[2]) for m in re.finditer(r'^llm_distill_(\S+) (\S+)$', text, re.MULTILINE)}
 
@@ -105,7 +107,8 @@ class ServePanel(Panel):
         return {'port': self.port.value, 'batch_size': self.batch_size.value, **self.options}
 
     def code(self) -> str:
-        return (f'from llm_distill import serve\n\nserver = serve({literal(self.model.value.strip(), **self.how())})\n'
+        how = self.how() | {'api_keys': None}  # no code shows them: LLM_DISTILL_API_KEY of the environment is read
+        return (f'from llm_distill import serve\n\nserver = serve({literal(self.model.value.strip(), **how)})\n'
                 'print(server.url)  # server.stop() ends it')
 
     def start(self) -> None:
@@ -117,13 +120,13 @@ class ServePanel(Panel):
     def _serve(self, job: Job, name: str, how: dict) -> None:
         from llm_distill.serving.process import serve
         with serve(name, **how) as self.server:
-            self.log = []
+            self.log, key = [], next(iter(how.get('api_keys') or ()), None)
             job.show('url', self._up, self.server.url)
             since, told = time.monotonic(), 0
             while not job.stop.wait(.1):
                 if time.monotonic() - since < told: continue
                 told += 1
-                try: found = read_metrics(self.server.url)
+                try: found = read_metrics(self.server.url, key)
                 except OSError as e: raise BadInput(f'the server has ended ({e}); start it again') from e
                 self.log = [*self.log[-119:], (time.monotonic() - since, found)]
                 job.show('live', self._live)

@@ -46,7 +46,7 @@ def literal(*args, **kwargs) -> str: # "'a', b=1"; what is None is left out
     "Arguments of a call, as Python."
     return ', '.join([*(repr(a) for a in args), *(f'{k}={v!r}' for k, v in kwargs.items() if v not in (None, ''))])
 
-# %% ../../nbs/13_panels.teacher.ipynb #9d4331b9
+# %% ../../nbs/13_panels.teacher.ipynb #c143160f
 class KeyField:
     "A Password that forgets what is typed as soon as the kernel has it."
     def __init__(self, changed, label: str = 'API key'):
@@ -62,8 +62,12 @@ class KeyField:
         if not change['new']: return
         said = change['new']
         self.widget.value = ''
-        try: self.key = ApiKey(said)
-        except BadInput as e: self._say(str(e)); return
+        try: self.hold(ApiKey(said))
+        except BadInput as e: self._say(str(e))
+
+    def hold(self, key: ApiKey) -> None:
+        "Use a key from now on."
+        self.key = key
         self.explain(self.variable)
         self.changed()
 
@@ -86,7 +90,7 @@ class KeyField:
         try: return ApiKey(import_module('google.colab').userdata.get(self.variable))
         except Exception: return None  # not there, or not allowed to this notebook
 
-# %% ../../nbs/13_panels.teacher.ipynb #e5e68d74
+# %% ../../nbs/13_panels.teacher.ipynb #7d6fbaad
 _PROVIDERS = {'This computer': 'local', 'OpenAI': 'openai', 'Anthropic': 'anthropic', 'DeepSeek': 'deepseek',
               'OpenAI-compatible server': 'openai-compatible', 'vLLM': 'vllm', 'SGLang': 'sglang',
               'llama.cpp': 'llama.cpp', 'Ollama': 'ollama', 'REST service': 'custom'}
@@ -111,9 +115,11 @@ class TeacherPanel(Panel):
         max_tokens: int = 64,      # Longest answer to it
         **options,                 # Further arguments of `create_teacher`
     ):
+        key = ApiKey(options.pop('api_key')) if options.get('api_key') else None
         self._given = provider, model, base_url, question, max_tokens
         self.options, self._made, self._lock, self.listeners = options, None, threading.Lock(), []
         super().__init__()
+        if key: self.key.hold(key)
 
     def build(self) -> list:
         provider, model, base_url, question, max_tokens = self._given
