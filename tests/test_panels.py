@@ -207,6 +207,13 @@ def test_a_key_is_in_no_trait_and_no_code_and_no_error(tmp_path):
     assert [KEY in told for told in seen].count(True) <= 2  # the Password's: as it came, and as it went
 
 
+def test_a_key_given_in_python_is_in_no_code():
+    panel = TeacherPanel('openai', 'gpt-4o-mini', api_key=KEY)
+    assert panel.key.key.reveal() == KEY and KEY not in str([w.get_state() for w in within(panel)])
+    assert KEY not in ServePanel('smollm2', api_keys=[KEY]).code()
+    panel.close()
+
+
 def test_teacher_answers_and_is_probed():
     with LoopbackProvider() as provider:
         async def use():

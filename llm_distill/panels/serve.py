@@ -17,7 +17,7 @@ from .look import Chart, esc, facts, field, nothing, row
 from .teacher import literal
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.serve.ipynb #89b399da
+# %% ../../nbs/13_panels.serve.ipynb #6c0c3163
 def read_metrics(
     url: str, # Of a server, "/v1" at its end
     key: str|None = None, # Of a server that wants one
@@ -73,6 +73,7 @@ class ServePanel(Panel):
         **options,                 # Further fields of `ServeOptions`
     ):
         self.project, self.options, self.server, self.log = Project(project), options, None, []
+        if isinstance(keys := options.get('api_keys'), str): options['api_keys'] = [keys]
         self._given = model, port
         super().__init__()
 
@@ -107,8 +108,11 @@ class ServePanel(Panel):
         return {'port': self.port.value, 'batch_size': self.batch_size.value, **self.options}
 
     def code(self) -> str:
-        how = self.how() | {'api_keys': None}  # no code shows them: LLM_DISTILL_API_KEY of the environment is read
-        return (f'from llm_distill import serve\n\nserver = serve({literal(self.model.value.strip(), **how)})\n'
+        how = self.how()
+        keyed = how.pop('api_keys', None)  # no code shows them
+        first, last = ('import getpass\n', ", api_keys=[getpass.getpass('API key: ')]") if keyed else ('', '')
+        call = f'serve({literal(self.model.value.strip(), **how)}{last})'
+        return (f'{first}from llm_distill import serve\n\nserver = {call}\n'
                 'print(server.url)  # server.stop() ends it')
 
     def start(self) -> None:
