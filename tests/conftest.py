@@ -14,12 +14,10 @@ SCRIPT = Path(sys.executable).with_name('llm-distill')
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the jobs that a shell runs in the background ignore it
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     "A file's tests share servers and models, so one worker gets them all; notebooks share nothing."
-    for item in items:
-        alone = item.path.name == 'test_notebooks.py'
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
+    alone = item.path.name == 'test_notebooks.py'
+    item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
 
 
 @pytest.fixture
