@@ -14,10 +14,14 @@ SCRIPT = Path(sys.executable).with_name('llm-distill')
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the jobs that a shell runs in the background ignore it
 
 
-def pytest_itemcollected(item):
+def pytest_xdist_make_scheduler(config, log):
     "A file's tests share servers and models, so one worker gets them all; notebooks share nothing."
-    alone = item.path.name == 'test_notebooks.py'
-    item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition('::')[0]
+            return nodeid if file.endswith('test_notebooks.py') else file
+    return ByFile(config, log)
 
 
 @pytest.fixture
