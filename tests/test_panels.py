@@ -20,7 +20,6 @@ from llm_distill.panels.base import Panel, end_all
 from llm_distill.panels.look import row, uploaded
 from llm_distill.teachers.loopback import LoopbackProvider
 
-pytestmark = pytest.mark.xdist_group('panels')  # what several tests need is made once
 ROOT = Path(__file__).resolve().parent.parent
 KEY = 'sk-not-to-be-seen-0123456789'
 PROMPTS = [{'prompt': f'What is {a} and {b}?', 'topic': ('small', 'large')[a > 3]} for a in range(6) for b in range(2)]
