@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Details', 'details']
 
-# %% ../nbs/09e_details.ipynb #0f8c2d1e
+# %% ../nbs/09e_details.ipynb #139c7b3d
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .evaluate import _SUMS, Scores, _answered, _judged, interval, redrawn
+from .evaluate import SUMS, Scores, answers_of, judged, interval, redrawn
 from .types import BadInput, Listener
 
-# %% ../nbs/09e_details.ipynb #dac11bcb
-_TOKENS = ('answer', 'position', 'entropy', 'confidence', 'hit', *_SUMS)
+# %% ../nbs/09e_details.ipynb #37b094c2
+_TOKENS = ('answer', 'position', 'entropy', 'confidence', 'hit', *SUMS)
 
 def _groups(names, group, answer, values, weight, resamples, seed) -> list[dict]: # In the order of `names`
     "Means of columns over the tokens of each group, with intervals over answers."
@@ -93,7 +93,7 @@ class Details:
         tokens, topics = len(self.tokens['answer']), len({t for t in self.topics if t})
         return f'{tokens:,} tokens of {len(self.topics):,} answers, {topics} topics\n{self.scores!r}'
 
-# %% ../nbs/09e_details.ipynb #c5020944
+# %% ../nbs/09e_details.ipynb #476bb14f
 def details(
     student,                      # A causal LM, or the folder or name of one
     data,                         # The teacher's answers to held-out prompts, or examples made of them
@@ -109,8 +109,8 @@ def details(
     seed: int = 0,                # Of the bootstrap
 ) -> Details:                     # Its `scores` are those of `evaluate`; raises `BadInput`
     "As `evaluate`, and keep what is known of each token."
-    answers, kept = _answered(data, None, None, {}), []
-    scores, weights = _judged(student, answers, tokenizer, batch_size, top_k, max_length, on_event, teacher, estimated,
+    answers, kept = answers_of(data, None, None, {}), []
+    scores, weights = judged(student, answers, tokenizer, batch_size, top_k, max_length, on_event, teacher, estimated,
                               resamples, seed, kept)
     columns = dict(zip(_TOKENS, np.concatenate(kept).T))
     columns['weight'] = weights[columns['answer'].astype(int)]

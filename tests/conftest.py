@@ -14,6 +14,7 @@ SCRIPT = Path(sys.executable).with_name('llm-distill')
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the jobs that a shell runs in the background ignore it
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "A file's tests share servers and models, so one worker gets them all; notebooks share nothing."
     for item in items:

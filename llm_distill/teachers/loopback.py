@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LoopbackProvider']
 
-# %% ../../nbs/02_teachers.loopback.ipynb #4ea4673e
+# %% ../../nbs/02_teachers.loopback.ipynb #935b40bd
 import hashlib
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # %% ../../nbs/02_teachers.loopback.ipynb #f61154d9
@@ -48,7 +49,7 @@ def _logits(body: dict) -> dict:
 
 _ROUTES = {'/v1/chat/completions': _chat, '/v1/messages': _message, '/generate': _text, '/logits': _logits}
 
-# %% ../../nbs/02_teachers.loopback.ipynb #964cb5b4
+# %% ../../nbs/02_teachers.loopback.ipynb #cea5d69d
 class LoopbackProvider:
     "A provider on 127.0.0.1, in a thread of ours: OpenAI's chat, Anthropic's messages and a REST service with logits."
     def __init__(
@@ -89,8 +90,9 @@ class LoopbackProvider:
                 self.send_response(status)
                 self.send_header('Content-Type', 'application/json')
                 self.send_header('Content-Length', str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                with suppress(ConnectionError):  # who asked may have gone
+                    self.end_headers()
+                    self.wfile.write(data)
             def do_GET(self): self.say(200, {'object': 'list', 'data': [{'id': 'loopback-1', 'object': 'model'}]})
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))

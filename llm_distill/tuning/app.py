@@ -57,7 +57,7 @@ def _body_of(kind) -> dict: # For the document: bodies are read by `Bodies`, whi
 def _paged(kind) -> type: # A `Page` of something, for the document
     return type(f'{kind.__name__}Page', (Page,), {'__annotations__': {'data': list[kind]}})
 
-# %% ../../nbs/11_tuning.app.ipynb #7a842aa1
+# %% ../../nbs/11_tuning.app.ipynb #25ab1c74
 async def _upload(request: Request, bodies: Bodies, most: int) -> tuple[UploadFile, str]: # The file, and its purpose
     if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
         raise refusal('Send a form (multipart/form-data) with the file in it as "file".')
@@ -102,7 +102,7 @@ def _add_files(app: FastAPI, service: TuningService, bodies: Bodies, most: int):
     @app.get('/v1/files/{id}', response_model=TuningFile, responses=_ERRORS)
     async def file(request: Request, id: str):
         "What is known of a file."
-        if (text := curve(_owner(request), id)) is not None:
+        if (text := await asyncio.to_thread(curve, _owner(request), id)) is not None:
             job = service.job(_owner(request), id.removeprefix('file-'))
             return _reply(fine_tuning_results(job, len(text.encode())))
         return _reply(uploads.find(id, _owner(request)))
@@ -110,7 +110,8 @@ def _add_files(app: FastAPI, service: TuningService, bodies: Bodies, most: int):
     @app.get('/v1/files/{id}/content', responses=_ERRORS | _BYTES, response_class=FileResponse)
     async def content(request: Request, id: str):
         "A file's bytes."
-        if (text := curve(_owner(request), id)) is not None: return Response(text, media_type='text/csv')
+        text = await asyncio.to_thread(curve, _owner(request), id)
+        if text is not None: return Response(text, media_type='text/csv')
         found = uploads.find(id, _owner(request))
         return FileResponse(uploads.path(found), media_type='application/octet-stream', filename=found.filename)
 
@@ -120,7 +121,7 @@ def _add_files(app: FastAPI, service: TuningService, bodies: Bodies, most: int):
         await asyncio.to_thread(uploads.remove, uploads.find(id, _owner(request)))
         return json_reply({'id': id, 'object': 'file', 'deleted': True})
 
-# %% ../../nbs/11_tuning.app.ipynb #af3b5fee
+# %% ../../nbs/11_tuning.app.ipynb #4b5667aa
 def _add_jobs(app: FastAPI, service: TuningService, bodies: Bodies):
     @app.post('/v1/tunings', status_code=201, response_model=Tuning, openapi_extra=_body_of(TuningRequest),
               responses=_ERRORS | {200: {'description': 'The job that was made by the same request', 'model': Tuning}})
@@ -154,7 +155,7 @@ def _add_jobs(app: FastAPI, service: TuningService, bodies: Bodies):
     @app.get('/v1/tunings/{id}/metrics', response_model=Metrics, responses=_ERRORS)
     async def metrics(request: Request, id: str):
         "The curve of a job, and its figures at the end."
-        return _reply(service.metrics(_owner(request), id))
+        return _reply(await asyncio.to_thread(service.metrics, _owner(request), id))
 
     @app.get('/v1/tunings/{id}/files', response_model=_paged(ResultFile), responses=_ERRORS)
     async def results(request: Request, id: str):

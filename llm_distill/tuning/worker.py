@@ -97,7 +97,7 @@ def _training_args(job: dict, config) -> dict:
             'hyperparameters': job['request'].hyperparameters.model_dump(exclude_none=True),
             'settings': _public_settings(config)}
 
-# %% ../../nbs/11_tuning.worker.ipynb #e460f180
+# %% ../../nbs/11_tuning.worker.ipynb #c150a22d
 class _Stopped(Exception): "Somebody cancelled the job where there is no trainer to be stopped."
 
 class _Job:
@@ -106,6 +106,7 @@ class _Job:
         self.folder, self.tell, self.alone, self.began = folder, tell, alone, time.monotonic()
         self.asked, self.lock, self.trainer = threading.Event(), threading.RLock(), None
         self.over, self.at, self.listener = False, None, None
+        if (folder/'stop').exists(): self.asked.set()
         threading.Thread(target=self._watch, daemon=True, name='stop').start()
 
     def _watch(self):
