@@ -1,14 +1,13 @@
 "Every notebook runs, one case each, by nbdev's own engine; tutorials in a real kernel."
+import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from test_house import NOTEBOOKS, ROOT
-
-TUTORIALS = [p for p in NOTEBOOKS if p.parent.name == 'tutorials']
+from test_tutorials import EXECUTE, TUTORIALS, promised, stated_seconds, without_network
 
 
 def run(notebook) -> subprocess.CompletedProcess:
@@ -16,25 +15,20 @@ def run(notebook) -> subprocess.CompletedProcess:
     return subprocess.run([test, notebook], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.fixture(scope='module')
-def runs(request):
-    "All that were asked for, two at a time: half of each is the import of torch, which uses one core."
-    asked = [item.callspec.params['notebook'] for item in request.session.items
-             if item.path == request.path and 'notebook' in getattr(getattr(item, 'callspec', None), 'params', ())]
-    pool = ThreadPoolExecutor(2)
-    yield {notebook: pool.submit(run, notebook) for notebook in asked}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: p.stem)
-def test_notebook(runs, notebook):
-    done = runs[notebook].result()
+def test_notebook(notebook):
+    done = run(notebook)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda p: p.stem)
 def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
-    import nbformat
-    from nbclient import NotebookClient
-    notebook = nbformat.read(tutorial, 4)
-    NotebookClient(notebook, timeout=900, kernel_name='python3', resources={'metadata': {'path': tmp_path}}).execute()
+    script = [sys.executable, '-c', EXECUTE, str(tutorial), str(tmp_path/'done.ipynb'), str(tmp_path)]
+    began, env = os.times(), os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([*without_network(), *script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ended = os.times()
+    took = ended.children_user + ended.children_system - began.children_user - began.children_system
+    assert took <= 3*stated_seconds(tutorial), f'{took:.0f} s of work: the line about time is wrong'
+    now, stored = (promised(json.loads(p.read_text(encoding='utf-8'))) for p in (tmp_path/'done.ipynb', tutorial))
+    assert now == stored
