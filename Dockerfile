@@ -22,7 +22,7 @@ ENV PATH=/opt/llm_distill/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1
 ENV USER=server HOME=/cache LLM_DISTILL_HOME=/cache/llm_distill HF_HOME=/cache/huggingface
 # For the NVIDIA runtime; without it they do nothing.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# Beyond the container; without LLM_DISTILL_API_KEY the server refuses to start.
+# Beyond the container; without LLM_DISTILL_API_KEY or LLM_DISTILL_API_KEY_FILE the server refuses to start.
 ENV HOST=0.0.0.0 PORT=8000 HF_MODEL=/model
 USER 10001:10001
 WORKDIR /cache

@@ -1,4 +1,5 @@
 "Make README.md from nbs/index.ipynb; with --check, only say whether it is in step."
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def readme() -> str:
     for cell in read_nb(root/'nbs/index.ipynb').cells:
         lines = cell.source.splitlines()
         source = '\n'.join(line for line in lines if not line.startswith('#|')).strip()
-        if cell.cell_type == 'markdown': parts.append(source.replace('](images/', '](nbs/images/'))
+        if cell.cell_type == 'markdown': parts.append(re.sub(r'\]\((?![a-z]+:|#)', '](nbs/', source))
         elif not any(line.startswith('#| hide') for line in lines): parts.append(f'```python\n{source}\n```')
     return '<!-- made from nbs/index.ipynb by .ci/readme.py; edit the notebook -->\n\n' + '\n\n'.join(parts) + '\n'
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/14_cli.ipynb #7a829b40
+# %% ../nbs/14_cli.ipynb #6d9e53a8
 import argparse
 import json
 import signal
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import llm_distill
 from .serving.options import add_options, from_flags
+from .tuning.commands import add_commands
 from .types import BadInput, DistillError
 
-# %% ../nbs/14_cli.ipynb #b32babe2
+# %% ../nbs/14_cli.ipynb #332da20c
 def _demo(args) -> None:
     from llm_distill.demo import run_demo
     report = run_demo(args.out, args.fast, args.device, args.seed, args.price_as, args.teacher, args.prompts)
@@ -42,6 +43,10 @@ def _serve(args) -> int:
     options = from_flags(args)
     def ready(url): print(f'{options.model} answers at {url}  (stop with Ctrl-C)', flush=True)
     with _ending_at_sigterm(): return run_server(**vars(options), on_ready=ready)
+
+def _studio(args) -> int:
+    from llm_distill.panels.studio import run_studio
+    return run_studio(args.folder, args.port, not args.no_browser)
 
 # %% ../nbs/14_cli.ipynb #07ac92fb
 _TEACHER = ('provider', 'model', 'base_url', 'timeout', 'config')
@@ -240,7 +245,7 @@ def _evaluate(args) -> None:
     if args.json:
         with atomically(args.json) as f: json.dump(scores.as_dict(), f, indent=2)
 
-# %% ../nbs/14_cli.ipynb #8ad88e8a
+# %% ../nbs/14_cli.ipynb #3f09d8aa
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('llm-distill',
                                      description='From an API key to a small language model of your own.')
@@ -274,6 +279,11 @@ def _parser() -> argparse.ArgumentParser:
     add('--json', metavar='FILE', help='write the scores as JSON')
     add = command('serve', _serve, 'serve a model behind an OpenAI-compatible API')
     add_options(add)
+    add = command('studio', _studio, 'everything by mouse: the panels over a project folder, in a browser; needs voila')
+    add('folder', nargs='?', default='distilled', help='of the project; made when something is written')
+    add('--port', type=int, default=8866, help='of this machine')
+    add('--no-browser', action='store_true', help='open none')
+    add_commands(commands)
     return parser
 
 # %% ../nbs/14_cli.ipynb #5b2a75ba

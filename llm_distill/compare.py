@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['RunFigures', 'read_run', 'Plots', 'Comparison', 'compare']
 
-# %% ../nbs/09c_compare.ipynb #75132747
+# %% ../nbs/09c_compare.ipynb #8953be0d
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 
 from .evaluate import FIGURES, Scores, difference
+from .plots import COLORS, as_svg, plot_curve
 from .report import write_atomically
 from .types import BadInput
 
@@ -63,12 +63,7 @@ def read_run(
     if not out.figures: raise BadInput(f'no figure is known of {str(run)[:80]}')
     return out
 
-# %% ../nbs/09c_compare.ipynb #89595581
-def _svg(figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format='svg', metadata={'Date': None, 'Creator': None, 'Type': None, 'Format': None})
-    return out.getvalue()[out.getvalue().index('<svg'):]
-
+# %% ../nbs/09c_compare.ipynb #509c1fa2
 _STYLE = '''body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.4rem;text-align:right}
 td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}'''
@@ -93,7 +88,7 @@ class Plots:
     def _bars(self, ax, name: str) -> None:
         for i, run in enumerate(self.runs.values()):
             value, span = run.figures.get(name), run.intervals.get(name)
-            if value is not None: ax.barh(i, value, color=f'C{i}', alpha=.8)
+            if value is not None: ax.barh(i, value, color=COLORS[i % len(COLORS)], alpha=.8)
             if value is not None and span: ax.plot(span, [i, i], color='black', linewidth=1.5, marker='|')
         ax.set_title(f'{_KINDS[name][0]}, {"more" if _KINDS[name][1] else "less"} is better', fontsize=9)
         ax.set_yticks(range(len(self.runs)), self.runs)
@@ -104,18 +99,9 @@ class Plots:
         name: str = 'kl', # A column of the curve: "kl", "ce", "loss"
     ):                    # A matplotlib Figure; raises `BadInput` where no run has a curve
         "What training saw of one quantity, all runs in one panel."
-        from matplotlib.figure import Figure
-        known = {n: [(p['step'], p[name]) for p in r.curve if name in p] for n, r in self.runs.items()}
-        if not any(known.values()):
+        if not any(name in p for r in self.runs.values() for p in r.curve):
             raise BadInput(f'no run has a curve with {name!r}: give report.json, or {{"curve": trainer.curve}}')
-        figure = Figure(figsize=(6.4, 3.2), layout='constrained')
-        ax = figure.subplots()
-        for i, (run, points) in enumerate(known.items()):
-            if points: ax.plot(*zip(*points), marker='.', label=run, color=f'C{i}')
-        ax.set(xlabel='step', ylabel=f'{name}, nats per token', ylim=(0, None))
-        ax.spines[['top', 'right']].set_visible(False)
-        ax.legend(frameon=False)
-        return figure
+        return plot_curve({n: r.curve for n, r in self.runs.items()}, [name])
 
     def save(
         self,
@@ -125,7 +111,7 @@ class Plots:
         path, learnt = Path(path), any('kl' in p for r in self.runs.values() for p in r.curve)
         if path.suffix == '.json': text = json.dumps(self.as_dict(), indent=2)
         else:
-            plots = _svg(self.bars()) + (_svg(self.curves()) if learnt else '')
+            plots = as_svg(self.bars()) + (as_svg(self.curves()) if learnt else '')
             text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Comparison</title>'
                     f'<style>{_STYLE}</style></head><body><h1>Comparison</h1>{self._repr_html_()}{plots}</body></html>')
         write_atomically(path, text)

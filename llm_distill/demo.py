@@ -130,7 +130,7 @@ def ask_streaming(url: str, question: str, say, max_tokens: int = 48) -> str: # 
     say()
     return answer
 
-# %% ../nbs/12a_demo.ipynb #cd4d432a
+# %% ../nbs/12a_demo.ipynb #99f5a2fa
 def run_demo(
     out: str|Path = 'llm-distill-demo',  # Folder for the cache, the student and the report
     fast: bool = False,                  # Fewer prompts and fewer steps, still real
@@ -150,7 +150,7 @@ def run_demo(
             slow = ' (the first time, it is converted: half a minute)' if teacher == 'smollm2' else ''
             say('1/5  Loading the teacher' + slow)
             import torch
-            from llm_distill.evaluate import evaluate
+            from llm_distill.details import details
             from llm_distill.models import find_model, load_model, load_tokenizer, pick_device
             from llm_distill.serving.process import serve
             from llm_distill.student import prune
@@ -166,11 +166,13 @@ def run_demo(
         del big
         shown = heldout[:4]
         def judge():
-            scores = evaluate(student, heldout, tokenizer, on_event=show)
-            return scores, _samples(student, tokenizer, shown, plan.max_tokens)
+            found = details(student, heldout, tokenizer, on_event=show)
+            return found, _samples(student, tokenizer, shown, plan.max_tokens)
         before, said_before = judge()
+        before = before.scores
         curve = _train(student, tokenizer, train, plan, folder/'student', seed, show)
-        after, said_after = judge()
+        judged, said_after = judge()
+        after = judged.scores
         _save(student, tokenizer, folder/'student', teacher, answers, train, before, after, plan, seed)
     say(f'     KL to the teacher {before.kl:.2f} -> {after.kl:.2f} nats per token, '
         f'agreement {before.agreement:.1%} -> {after.agreement:.1%}')
@@ -183,7 +185,7 @@ def run_demo(
         'seconds': round(time.perf_counter() - started, 1), 'student': str((folder/'student').resolve()),
         'teacher': name, 'layers': f'{student.config.num_hidden_layers} of {layers}', 'device': device,
         'teacher_manifest': answers.manifest, 'seed': seed, 'top_k': 20, 'fast': fast,
-        'version': llm_distill.__version__, 'curve': curve,
+        'version': llm_distill.__version__, 'curve': curve, 'details': judged.as_dict(),
         'price': {'model': price_as, 'usd': price(tokens, price_as, len(answers)),
                   'prompt_tokens': tokens.prompt_tokens, 'completion_tokens': tokens.completion_tokens},
         'samples': [{'prompt': a.prompt, 'teacher': a.text, 'before': b, 'after': c}

@@ -58,7 +58,7 @@ def train_phases(
         with atomically(folder/'done.json') as f: json.dump({'curve': trainer.curve}, f)
     return trainers
 
-# %% ../nbs/08b_distill.ipynb #afdb503f
+# %% ../nbs/08b_distill.ipynb #9bb3cd6e
 @dataclass
 class Distilled:
     "A student, and how it came to be."
@@ -109,8 +109,10 @@ def train_and_judge(
     judge('before')
     stage('training')
     trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume or None)
+    stopped = trainer.stopping and not unfinished
+    if not stopped: student = trainer.whole_student()  # which needs all processes
     done = Distilled(student, tokenizer, trainer, scores.get('before'), None, None)
-    if trainer.stopping and not unfinished or not first: return done
+    if stopped or not first: return done
     judge('after')
     stage('saving')
     card = Card.of(train if source is None else source, scores, **told or {})

@@ -42,13 +42,14 @@ class Head(NamedTuple):
         if self.softcap is not None: grad = grad*(1 - (logits/self.softcap)**2)
         return grad if self.scale == 1 else grad*self.scale
 
-# %% ../nbs/06a_fused.ipynb #b901bd78
+# %% ../nbs/06a_fused.ipynb #dd107cc2
 def head_of(
     model, # A causal LM
 ) -> Head|None: # None where the head is no plain product, e.g. in 4 bits
     "A model's head."
     head, config = model.get_output_embeddings(), model.config
-    if type(head) is not torch.nn.Linear: return None
+    kind = type(head).__mro__[2 if hasattr(head, 'unshard') else 0]  # FSDP2 puts two classes in front of a module's own
+    if kind is not torch.nn.Linear: return None
     factors = [getattr(config, name, None) or 1. for name in ('logit_scale', 'lm_head_multiplier', 'logits_scaling')]
     cap = getattr(config, 'final_logit_softcapping', None)
     return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)
@@ -144,7 +145,7 @@ class Text:
         w = w_ce[:, None]
         return torch.zeros_like(ce), ce, put_in_rows(_exp_times(z, whole, w), labels, -w, add=True)
 
-# %% ../nbs/06a_fused.ipynb #1daa9c5c
+# %% ../nbs/06a_fused.ipynb #d1d32526
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
     near = head._replace(weight=weight.to(hidden.dtype))          # one rounding for all terms
@@ -161,6 +162,7 @@ def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, ho
         grad = grad.to(hidden.dtype)
         grad_hidden[rows] = grad @ near.weight
         if weight.requires_grad: grad_weight = _plus_product(grad_weight, grad, hidden[rows])
+        del z, kept, grad                                          # or the next chunk's logits would stand beside them
     as_they_are = (None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
     return [torch.cat(x) for x in zip(*parts)], grad_hidden, *as_they_are
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'no_progress_bars', 'convert_gguf', 'smollm2', 'gguf_folder', 'find_model',
-           'load_tokenizer', 'load_model', 'encode_chat', 'last_hidden', 'token_bytes', 'token_ids', 'fingerprint']
+           'load_tokenizer', 'load_model', 'load_pretrained', 'encode_chat', 'last_hidden', 'token_bytes', 'token_ids',
+           'fingerprint']
 
 # %% ../nbs/01a_models.ipynb #bd91b6ee
 import hashlib
@@ -145,15 +146,15 @@ def find_model(
                           'give a folder with config.json, a GGUF file, a hub name like owner/name, or "smollm2"')
     return name
 
-# %% ../nbs/01a_models.ipynb #0e22a097
+# %% ../nbs/01a_models.ipynb #4f3da19c
 def load_tokenizer(name: str|Path): # As for `find_model`; returns a transformers tokenizer that can pad
     "The tokenizer of a model."
     from transformers import AutoTokenizer
-    tokenizer = _from_pretrained(AutoTokenizer, name)
+    tokenizer = load_pretrained(AutoTokenizer, name)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/01a_models.ipynb #ba7ffe24
+# %% ../nbs/01a_models.ipynb #2bfb04b5
 def load_model(
     name: str|Path,               # As for `find_model`; an adapter is merged into its base
     device: str|None = None,      # None takes the best there is
@@ -168,7 +169,7 @@ def load_model(
     if (place/'adapter_config.json').exists():
         from peft import PeftConfig
         return load_model(PeftConfig.from_pretrained(place).base_model_name_or_path, str(device), dtype, place, **how)
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype or pick_dtype(device), **how)
+    model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype or pick_dtype(device), **how)
     return (model if how else model.to(device)).eval()
 
 def _merged(base, place: Path):
@@ -180,8 +181,13 @@ def _merged(base, place: Path):
     except (RuntimeError, ValueError) as e:
         raise NoSuchModel(f'the adapter {str(place)!r} is not for this model: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/01a_models.ipynb #4fac0a79
-def _from_pretrained(auto, name, **kwargs):
+# %% ../nbs/01a_models.ipynb #cbd7d469
+def load_pretrained(
+    auto,           # A class of transformers that has `from_pretrained`
+    name: str|Path, # As for `find_model`
+    **kwargs,       # What else `from_pretrained` takes
+):                  # What it gives; raises `NoSuchModel`
+    "Load a part of a model, without progress bars."
     place = find_model(name)
     try:
         with no_progress_bars(): return auto.from_pretrained(place, **kwargs)

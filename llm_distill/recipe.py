@@ -39,7 +39,7 @@ def read_data(
     if not answers: raise BadInput(f'{path} holds no answers{f" of {model}" if model else ""}: collect some first')
     return answers
 
-# %% ../nbs/08c_recipe.ipynb #154d871f
+# %% ../nbs/08c_recipe.ipynb #9e41370d
 @dataclass
 class Recipe:
     "A training run, by names."
@@ -77,7 +77,7 @@ class Recipe:
         def read(data): return read_data(data, tokenizer, self.model) if isinstance(data, str|Path) else data
         data, test = read(self.data), None if self.validation is None else read(self.validation)
         if not self.heldout: return data, test
-        if isinstance(data, Shards) or isinstance(data[0], dict):
+        if isinstance(data, Shards) or len(data) and isinstance(data[0], dict):
             raise BadInput('heldout splits answers by prompt, and examples name none: capture those to judge by into a '
                            'folder of their own')
         return hold_out(data, self.heldout)

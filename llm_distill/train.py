@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'EventCallback', 'SampleCallback', 'DistillTrainer']
 
-# %% ../nbs/08_train.ipynb #275539d8
+# %% ../nbs/08_train.ipynb #cdd282be
+import os
 import random
 import signal
 import threading
@@ -19,6 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .device import choose, kept_memory
@@ -26,6 +29,7 @@ from .fused import head_of
 from .models import encode_chat, last_hidden, no_progress_bars
 from .objective import Objective, taught_weight
 from .rollout import as_examples, end_with_turn, prompts_of, score_rows, write_ids
+from .saving import load_student
 from .sequences import collate_packed
 from .targets import collate, make_examples
 from .types import BadInput, Event, Listener, NotFinite, OutOfMemory
@@ -81,17 +85,20 @@ class DistillConfig(TrainingArguments):
         "The loss that these settings mean."
         return Objective(self.divergence, self.mix, self.alpha, self.beta, self.temperature, self.chunk)
 
-# %% ../nbs/08_train.ipynb #beb7146c
+# %% ../nbs/08_train.ipynb #427faa72
 class EventCallback(TrainerCallback):
-    "Tell a listener of each step."
+    "Tell a listener of each step, and at the end of the last numbers."
     def __init__(self, on_event: Listener): self.on_event, self.metrics = on_event, {}
     def on_train_begin(self, args, state, control, **_):
+        self.metrics = {}
         self.on_event(Event('train', state.global_step, state.max_steps))
     def on_step_end(self, args, state, control, **_):
-        self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
+        if state.global_step < state.max_steps: self._tell(state)
+    def on_train_end(self, args, state, control, **_): self._tell(state)
     def on_log(self, args, state, control, logs=None, **_):
         shown = ('loss', 'kl', 'alm', 'ce', 'learning_rate', 'tok/s')
-        self.metrics = {k: v for k, v in (logs or {}).items() if k in shown}
+        if 'loss' in (logs or {}): self.metrics = {k: v for k, v in logs.items() if k in shown}
+    def _tell(self, state): self.on_event(Event('train', state.global_step, state.max_steps, dict(self.metrics)))
 
 class SampleCallback(TrainerCallback):
     "Show what the student answers, every so many steps."
@@ -197,8 +204,29 @@ class _Running:
                           'train(resume_from_checkpoint=True) goes on', stacklevel=2)
         return done
 
-# %% ../nbs/08_train.ipynb #b8afc7f2
-class DistillTrainer(_Teaching, _Running, Trainer):
+# %% ../nbs/08_train.ipynb #9d58238e
+class _Sharding:
+    "The part of the trainer that knows FSDP."
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        given, state = self.args.fsdp_plugin_args, self.accelerator.state
+        asked = given or os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true'
+        if not asked or self.is_fsdp_enabled or state.distributed_type != DistributedType.MULTI_CPU: return
+        plugin = FullyShardedDataParallelPlugin(**(given or {}))
+        if plugin.fsdp_version != 2: raise BadInput('on CPUs weights are sharded by FSDP2 alone: --fsdp_version 2')
+        state.fsdp_plugin, self.is_fsdp_enabled = plugin, True
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+    def whole_student(self):
+        "The student to judge and to save, with all of its weights; all processes have to ask together."
+        if not self.is_fsdp_enabled: return self.accelerator.unwrap_model(self.model)
+        folder = Path(self.args.output_dir)/'whole'
+        self.save_model(str(folder))
+        self.accelerator.wait_for_everyone()
+        return load_student(folder, device=self.args.choice.device)
+
+# %% ../nbs/08_train.ipynb #6f70247a
+class DistillTrainer(_Teaching, _Running, _Sharding, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
     def __init__(
@@ -242,6 +270,7 @@ class DistillTrainer(_Teaching, _Running, Trainer):
         if head_of(inner) is None: read = self._logits(model, inputs)
         else:
             with self.accelerator.autocast(): read = self._for_products(last_hidden(model, inputs, inner))
+        if hasattr(inner.get_output_embeddings(), 'unshard'): inner.get_output_embeddings().unshard()
         head = head_of(inner)  # of a sharded model it is whole only now
         parts = self.objective(read, head, inputs, self._read(inputs), shares/items)
         if model.training: self._account(parts, inputs)
@@ -263,6 +292,12 @@ class DistillTrainer(_Teaching, _Running, Trainer):
             self._parts[name] += float(total)
             self._parts[name + ' weight'] += float(weight)
 
+    def _of_all(self):  # What was counted since the last log, by all processes together
+        if self.accelerator.num_processes == 1: return self._parts
+        names = ('tokens', *(name + what for name in ('kl', 'alm', 'ce') for what in ('', ' weight')))
+        mine = torch.tensor([self._parts[name] for name in names], device=self.args.device)
+        return dict(zip(names, self.accelerator.reduce(mine).tolist()))
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self.args.lmbda: return batches, items
@@ -281,18 +316,20 @@ class DistillTrainer(_Teaching, _Running, Trainer):
 
     def log(self, logs, *args, **kwargs):
         if 'loss' in logs and self._parts:
-            part, now = self._parts, time.perf_counter()
+            part, now = self._of_all(), time.perf_counter()
             logs['tok/s'] = part['tokens']/(now - self._since)
             logs |= {name: part[name]/part[name + ' weight'] for name in ('kl', 'alm', 'ce') if part[name + ' weight']}
             logs['taught'] = round(part['ce weight'])  # tokens since the last time
-            point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce') if k in logs}
+            point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce', 'learning_rate') if k in logs}
             self.curve.append({'step': self.state.global_step, **point})
-            part.clear()
+            self._parts.clear()
             self._since = now
         super().log(logs, *args, **kwargs)
 
-    def save_model(self, *args, **kwargs):
-        with no_progress_bars(): super().save_model(*args, **kwargs)
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.is_fsdp_enabled and not _internal_call:  # a checkpoint may be in shards
+            self.accelerator.state.fsdp_plugin.set_state_dict_type('FULL_STATE_DICT')
+        with no_progress_bars(): super().save_model(output_dir, _internal_call)
 
 # %% ../nbs/08_train.ipynb #6f707e16
 def _examples(answers, tokenizer, args):

@@ -8,9 +8,20 @@ from pathlib import Path
 
 import pytest
 
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')  # half of two cores each
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(sys.executable).with_name('llm-distill')
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the jobs that a shell runs in the background ignore it
+
+
+def pytest_xdist_make_scheduler(config, log):
+    "A file's tests share servers and models, so one worker gets them all; notebooks share nothing."
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition('::')[0]
+            return nodeid if file.endswith('test_notebooks.py') else file
+    return ByFile(config, log)
 
 
 @pytest.fixture

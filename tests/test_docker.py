@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 # What `llm-distill serve` reads from its environment.
 OPTIONS = {'HF_MODEL', 'HOST', 'PORT', 'LOGLEVEL', 'TORCH_DTYPE', 'DEVICE', 'BATCH_SIZE', 'MAX_CONCURRENT',
-           'MAX_MODEL_LEN', 'LLM_DISTILL_API_KEY'}
+           'MAX_MODEL_LEN', 'LLM_DISTILL_API_KEY', 'LLM_DISTILL_API_KEY_FILE'}
 # What others read: Python, pip, torch, the NVIDIA runtime, and our cache.
 OTHERS = {'PATH', 'PYTHONUNBUFFERED', 'USER', 'HOME', 'LLM_DISTILL_HOME', 'HF_HOME', 'NVIDIA_VISIBLE_DEVICES',
           'NVIDIA_DRIVER_CAPABILITIES', 'PIP_NO_CACHE_DIR', 'PIP_DISABLE_PIP_VERSION_CHECK'}
@@ -247,6 +247,24 @@ def test_each_line_of_the_dockerfile_does_what_it_says(image):
 def test_the_container_serves_says_that_it_is_well_and_ends(image, model): check_that_it_serves(image, model)
 
 
+def test_the_key_of_a_container_comes_in_a_file(image, model, tmp_path):
+    (tmp_path/'key').write_text('k-1\nk-2\n')
+    with Container(image, model, LLM_DISTILL_API_KEY_FILE=str(tmp_path/'key')) as container:
+        container.wait_until_healthy()
+        assert [container.status(k) for k in ('k-1', 'k-2', 'k-3', '')] == [200, 200, 401, 401]
+        code, said = container.stop()
+        assert code == 0 and 'k-1' not in said, (code, said)
+
+
+@pytest.mark.parametrize('said', [None, '', ' \n'])
+def test_a_container_whose_key_file_holds_none_refuses(image, model, tmp_path, said):
+    if said is not None: (tmp_path/'key').write_text(said)
+    with Container(image, model, LLM_DISTILL_API_KEY_FILE=str(tmp_path/'key')) as container:
+        _, heard = container.process.communicate(timeout=60)
+        assert container.process.returncode == 1 and f'key file {str(tmp_path/"key")!r}' in heard, heard
+        assert 'Traceback' not in heard
+
+
 def test_without_a_key_the_container_refuses(image, model):
     with Container(image, model) as container:
         _, said = container.process.communicate(timeout=60)
@@ -332,8 +350,11 @@ def test_a_service_fits_the_image(compose, image, name):
     arguments = {n for n in re.findall(r'^ARG (\w+)', (ROOT/'Dockerfile').read_text(), re.M)}
     assert set(service['build']['args']) <= arguments
     assert set(service['environment']) <= OPTIONS
-    assert service['environment']['LLM_DISTILL_API_KEY'].startswith('${LLM_DISTILL_API_KEY:?')  # no key, no start
-    assert all(value is None for key, value in service['environment'].items() if key != 'LLM_DISTILL_API_KEY')
+    told = dict(service['environment'])
+    secret, = service['secrets']
+    assert told.pop('LLM_DISTILL_API_KEY_FILE') == f'/run/secrets/{secret}'
+    assert compose['secrets'][secret]['file'].startswith('${KEY_FILE:?')  # no key, no start
+    assert not any(told.values()) and 'LLM_DISTILL_API_KEY' not in told  # which `docker inspect` would show
     where = {v['target']: v for v in service['volumes']}
     assert where[image.env['HF_MODEL']]['read_only'] and where['/cache']['source'] in compose['volumes']
     assert all(image.env[n].startswith('/cache') for n in ('HOME', 'LLM_DISTILL_HOME', 'HF_HOME'))
@@ -342,8 +363,8 @@ def test_a_service_fits_the_image(compose, image, name):
     assert service['init'] and 'command' not in service and 'privileged' not in service
     devices = service.get('deploy', {}).get('resources', {}).get('reservations', {}).get('devices', [])
     assert [d['capabilities'] for d in devices] == ([['gpu']] if name == 'cuda' else [])
-    assert set(service) <= {'profiles', 'image', 'build', 'environment', 'ports', 'volumes', 'read_only', 'tmpfs',
-                            'init', 'cap_drop', 'security_opt', 'stop_grace_period', 'restart', 'deploy'}
+    assert set(service) <= {'profiles', 'image', 'build', 'environment', 'ports', 'volumes', 'secrets', 'read_only',
+                            'tmpfs', 'init', 'cap_drop', 'security_opt', 'stop_grace_period', 'restart', 'deploy'}
 
 
 def test_each_variable_of_compose_is_explained(compose):

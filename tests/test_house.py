@@ -18,8 +18,8 @@ BIN = Path(sys.executable).parent
 LAYERS = ['types', 'folders', 'pricing', 'models', 'teachers', 'packing', 'database', 'tables', 'query', 'browse',
           'cache', 'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'align', 'turns', 'targets',
           'sequences', 'shards', 'losses', 'fused', 'objective', 'capture', 'device', 'rollout', 'importance',
-          'student', 'saving', 'train', 'evaluate', 'distill', 'recipe', 'judge', 'report', 'compare', 'serving',
-          'tuning', 'progress', 'panels', 'demo', 'cli']
+          'student', 'saving', 'train', 'evaluate', 'details', 'distill', 'recipe', 'judge', 'plots', 'report',
+          'compare', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
@@ -98,6 +98,42 @@ def test_a_module_imports_only_from_below(path):
     assert len((PACKAGE/path).read_text(encoding='utf-8').splitlines()) <= 400, 'a crowded room: redesign it'
 
 
+def private_names(tree):
+    "Names with an underscore that a syntax tree takes from modules of this package."
+    ours = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): names = [(a.name, a.name, a.asname) for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('llm_distill')):
+            names = [(f'llm_distill {node.module}', a.name, a.asname) for a in node.names]
+        else: continue
+        for home, name, alias in names:
+            if not home.startswith('llm_distill'): continue
+            ours.add(alias or name.split('.')[0])
+            last = name.rsplit('.')[-1]
+            if last.startswith('_') and not last.startswith('__'): yield name
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name): continue
+        if node.value.id in ours and node.value.id.islower() and re.match('_[^_]', node.attr): yield node.attr
+
+
+@pytest.mark.parametrize('code, found', [
+    ('from llm_distill.models import find_model, _here', ['_here']), ('from . import _x', ['_x']),
+    ('from llm_distill.models import load as _load', []), ('import llm_distill._mine', ['llm_distill._mine']),
+    ('from llm_distill.serving import app\napp._answer', ['_answer']),
+    ('from torch import _dynamo\nimport numpy as np\nnp._x', [])])
+def test_a_private_name_is_seen(code, found): assert list(private_names(ast.parse(code))) == found
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_no_notebook_takes_a_private_name_from_another_room(path):
+    found = []
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        if cell['cell_type'] != 'code': continue
+        text = re.sub(r'^(\s*)[%!].*', r'\1pass', ''.join(cell['source']), flags=re.M)
+        found += private_names(compile(text, path.name, 'exec', ast.PyCF_ONLY_AST|ast.PyCF_ALLOW_TOP_LEVEL_AWAIT))
+    assert found == [], 'give it a public name and a docstring, or move it'
+
+
 def test_every_import_is_a_declared_dependency():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT/'settings.ini')
@@ -110,7 +146,8 @@ def test_every_import_is_a_declared_dependency():
     third = used - sys.stdlib_module_names - {'llm_distill', ''}
     missing = {n for n in third
                if not n.startswith('.') and not {h.lower().replace('_', '-') for h in homes.get(n, [n])} & declared}
-    assert missing <= {'pydantic', 'pydantic_core', 'starlette'}, missing  # what FastAPI is made of
+    brought = {'pydantic', 'pydantic_core', 'starlette', 'IPython'}  # by FastAPI, and by ipywidgets
+    assert missing <= brought | {'google'}, missing  # which Colab has by itself
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -176,8 +177,17 @@ def test_many_texts(server):
     assert (status, said['error']['param']) == (400, 'max_tokens')
 
 
-def documented(server, path):
-    "The server's own document, for one model and short answers."
+WELL_FORMED = {  # what a fuzzer that knows no rule between two fields would hardly hit upon
+    'ChatMessage': {'role': {'enum': ['system', 'developer', 'user', 'assistant']},
+                    'content': {'type': 'string', 'maxLength': 80}},
+    'ResponseFormat': {'type': {'enum': ['text', 'json_object']}},
+    '_Function': {'name': {'enum': ['look', 'find']}, 'description': {'type': 'string', 'maxLength': 40}}}
+SMALL = {'num_beams': 4, 'prompt_logprobs': 20, 'top_logprobs': 20, 'logprobs': 5}
+CONTRADICTIONS = 'stream_options', 'tool_choice', 'do_sample', 'max_completion_tokens', 'best_of'
+
+
+def documented(server, path, well_formed=False):
+    "The server's own document, for one model and short answers; `well_formed`: requests that get an answer, mostly."
     document = json.loads(urllib.request.urlopen(server.url.removesuffix('/v1') + '/openapi.json', timeout=20).read())
     for form in document['components']['schemas'].values():
         fields = form.get('properties', {})
@@ -185,6 +195,14 @@ def documented(server, path):
             if 'model' in fields: fields['model'] = {'type': 'string', 'enum': ['m']}
             for name in ('max_tokens', 'max_completion_tokens', 'n', 'best_of'):
                 if name in fields: fields[name] = {'type': 'integer', 'minimum': 1, 'maximum': 4}
+            if not well_formed: continue
+            for name in CONTRADICTIONS: fields.pop(name, None)
+            for name in {*SMALL} & {*fields}:
+                if 'anyOf' in fields[name] and fields[name]['anyOf'][0]['type'] == 'integer':
+                    fields[name] = {'type': 'integer', 'minimum': 1, 'maximum': SMALL[name]}
+            if 'top_logprobs' in fields: fields['logprobs'] = {'const': True}
+    for name, fields in WELL_FORMED.items() if well_formed else ():
+        document['components']['schemas'][name] |= {'properties': fields, 'required': [*fields][:2]}
     path.write_text(json.dumps(document))
     return path
 
@@ -194,14 +212,18 @@ CHECKS = ('not_a_server_error,status_code_conformance,content_type_conformance,r
 
 
 @pytest.mark.slow
-def test_a_fuzzer_finds_nothing(server, tmp_path):
+@pytest.mark.parametrize('more', [(), ('--mode', 'positive', '--include-path-regex', '^/(v1/(chat|comp|emb)|gen|log)')],
+                         ids=['anything', 'well-formed'])
+def test_a_fuzzer_finds_nothing(server, tmp_path, more):
     pytest.importorskip('schemathesis', reason='needs the extra "bench"')
+    document, before = documented(server, tmp_path/'openapi.json', bool(more)), metrics(server)
     done = subprocess.run(
-        [sys.executable, '-m', 'schemathesis.cli', 'run', documented(server, tmp_path/'openapi.json'),
+        [sys.executable, '-m', 'schemathesis.cli', 'run', document, *more,
          '--url', server.url.removesuffix('/v1'), '--header', f'Authorization: Bearer {KEY}', '--checks', CHECKS,
          '--max-examples', '50', '--continue-on-failure', '--suppress-health-check', 'all', '--seed', '1',
          '--request-timeout', '60'], capture_output=True, text=True, cwd=tmp_path, timeout=1500)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert metrics(server)['requests_total'] - before['requests_total'] > 50, 'few of them got past the first check'
     assert idle(server) and not [name for name in metrics(server) if 'status="5' in name]
     assert 'Traceback' not in server.log.read_text()
 
@@ -348,6 +370,25 @@ def test_all_replies_together_have_a_limit(tiny):
     draft.cancel(); draft.cancel()
     assert service.room.taken == 0 and client.post('/v1/chat/completions', json=HI).status_code == 200
     assert service.room.taken == 0
+    engine.close()
+
+
+def test_a_search_is_one_of_the_requests_that_are_answered(tiny):
+    engine, tokenizer = Engine(*tiny, slots=1), tiny[1]
+    service = Service(engine, tokenizer, 'm', max_concurrent=1)
+    client, go = TestClient(create_app(service)), threading.Event()
+    search = HI | {'num_beams': 2, 'n': 2}
+    engine.alone(lambda: go.wait(60))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, '/v1/chat/completions', json=search)
+        assert until(lambda: service.room.inside == 1)
+        for asked in (HI, search, search | {'stream': False}):
+            busy = TestClient(create_app(service)).post('/v1/chat/completions', json=asked)
+            assert busy.status_code == 429 and int(busy.headers['retry-after']) > 0
+        go.set()
+        assert first.result().status_code == 200
+    assert (service.room.inside, service.room.taken) == (0, 0)
+    assert client.post('/v1/completions', json={'model': 'm', 'prompt': 'a', 'num_beams': 2}).status_code == 200
     engine.close()
 
 

@@ -26,7 +26,6 @@ from llm_distill.serving.seq2seq import Seq2SeqEngine, kind_of
 from llm_distill.serving.speech import SpeechService, Transcriber
 from llm_distill.types import BadInput, NoSuchModel, ServerBusy
 from openai.types.audio import Transcription, TranscriptionVerbose
-from test_protocol import document, wrong  # noqa: F401
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from llm_distill.serving.engine import Engine
 from llm_distill.serving.sampling import Sampling
 from llm_distill.types import ServerBusy
 from pydantic import BaseModel
-from test_protocol import document, wrong  # noqa: F401
 
 QUESTIONS = ['Why is the sky blue?', 'Name a planet.', 'What is 12 times 7?', 'Write a poem about rain.',
              'Who was Ada Lovelace?', 'Hi', 'word '*150, 'List three fruits.']
@@ -155,6 +154,46 @@ def test_the_sdk_parses(client, name):
                                             tool_choice='required').choices[0]
     assert called.finish_reason == 'tool_calls'
     assert json.loads(called.message.tool_calls[0].function.arguments).keys() == {'deep'}
+
+
+def test_a_forced_call_that_is_cut_is_the_beginning_of_a_call(client, name):
+    tools = [{'type': 'function', 'function': {'name': n, 'parameters': {
+        'type': 'object', 'properties': {'text': {'type': 'string', 'minLength': 200}}, 'required': ['text']}}}
+        for n in ('look', 'listen')]
+    seen = []
+    for forced, most in (('required', 1), ('required', 12), ({'type': 'function', 'function': {'name': 'look'}}, 1),
+                         ({'type': 'function', 'function': {'name': 'look'}}, 30)):
+        ask = dict(model=name, messages=messages('Look.'), tools=tools, max_tokens=most, tool_choice=forced,
+                   temperature=0)
+        whole = client.chat.completions.create(**ask).choices[0]
+        parts = [c.choices[0] for c in client.chat.completions.create(**ask, stream=True)]
+        assert whole.finish_reason == parts[-1].finish_reason == 'length'
+        assert not whole.message.content and not any(p.delta.content for p in parts)
+        calls = [t for p in parts for t in p.delta.tool_calls or ()]
+        assert len(whole.message.tool_calls or ()) == sum(bool(c.id) for c in calls) <= 1
+        said = ''.join(c.function.arguments or '' for c in calls)
+        if calls: assert whole.message.tool_calls[0].function.arguments == said and calls[0].function.name
+        seen.append((len(calls) > 0, said))
+    assert [called for called, _ in seen] == [False, True, True, True] and json.loads(seen[-1][1] + '"}')
+
+
+def test_what_need_not_be_read_again_is_counted(server, client, name):
+    def usage(how, **more):
+        found = how(model=name, max_tokens=2, temperature=0, **more)
+        return (list(found)[-1] if more.get('stream') else found).usage
+    def cached(found): return found.prompt_tokens_details.cached_tokens
+    chat, complete, asked = client.chat.completions.create, client.completions.create, messages('An owl and a tea. '*40)
+    before = load(server)['llm_distill_reused_tokens_total']
+    assert cached(usage(chat, messages=asked, n=2)) == 0  # the second answer's prompt is not counted
+    assert load(server)['llm_distill_reused_tokens_total'] > before
+    again = usage(chat, messages=asked, n=2)
+    assert cached(again) == (again.prompt_tokens - 1)//128*128 > 0
+    streamed = usage(chat, messages=asked, stream=True, stream_options={'include_usage': True})
+    assert cached(streamed) == cached(again) and streamed.prompt_tokens == again.prompt_tokens
+    ids = [list(range(1000, 1200)), list(range(1000, 1300))]
+    assert cached(usage(complete, prompt=ids)) == 128 and cached(usage(complete, prompt=ids[1])) == 256
+    assert cached(usage(complete, prompt=ids[1], stream=True, stream_options={'include_usage': True})) == 256
+    assert cached(usage(complete, prompt=ids, echo=True, logprobs=1)) == 0  # all of it is read, to be scored
 
 
 def test_an_answer_of_a_given_form_is_no_call(client, name):

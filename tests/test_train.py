@@ -14,7 +14,7 @@ from llm_distill import (Answer, Completion, DistillConfig, DistillTrainer, Shar
                          make_examples)
 from llm_distill.capture import capture
 from llm_distill.cli import main
-from llm_distill.models import load_tokenizer
+from llm_distill.models import load_model, load_tokenizer
 from llm_distill.targets import collate
 from llm_distill.types import TokenLogprobs, as_messages
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -170,6 +170,43 @@ def test_what_cannot_be_is_said_before_it_starts(tmp_path, tokenizer):
             LlamaConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)))
 
 
+def scalars(path, event):
+    "Names and (step, value) of what a TensorBoard file holds: length, its sum, an Event, its sum, and so on."
+    raw, at, found = path.read_bytes(), 0, {}
+    while at < len(raw):
+        length = int.from_bytes(raw[at:at + 8], 'little')
+        e = event.FromString(raw[at + 12:at + 12 + length])
+        at += length + 16
+        for v in e.summary.value:
+            if v.HasField('simple_value'): found.setdefault(v.tag, []).append((e.step, v.simple_value))
+    return found
+
+
+def test_tensorboard_gets_every_figure(tmp_path, tokenizer):
+    events = pytest.importorskip('tensorboardX.proto.event_pb2', reason='needs the extra "dev"')
+    t = trainer(tmp_path, tokenizer, max_steps=3, logging_steps=1, report_to='tensorboard')
+    t.train()
+    path, = tmp_path.rglob('events.out.tfevents.*')
+    found = scalars(path, events.Event)
+    assert [step for step, _ in found['train/tok/s']] == [1, 2, 3] and min(found['train/tok/s'])[1] > 0
+    assert [rate for _, rate in found['train/learning_rate']][0] == 0
+    for name in ('loss', 'kl', 'ce'):
+        assert found[f'train/{name}'] == [(p['step'], pytest.approx(p[name], rel=1e-4)) for p in t.curve]
+
+
+def test_wandb_gets_every_figure(tmp_path, tokenizer, monkeypatch):
+    wandb = pytest.importorskip('wandb', reason='needs wandb, which no extra installs')
+    for name, value in (('MODE', 'offline'), ('DIR', tmp_path), ('SILENT', 'true'), ('DISABLE_CODE', 'true')):
+        monkeypatch.setenv(f'WANDB_{name}', str(value))
+    t = trainer(tmp_path, tokenizer, max_steps=3, logging_steps=1, report_to='wandb')
+    t.train()
+    told = dict(wandb.run.summary)
+    wandb.finish()
+    assert {name: told[f'train/{name}'] for name in ('loss', 'kl', 'ce')} == pytest.approx(
+        {name: t.curve[-1][name] for name in ('loss', 'kl', 'ce')}, rel=1e-4)
+    assert told['train/global_step'] == 3 and told['train/tok/s'] > 0 and 'train/learning_rate' in told
+
+
 TRAIN = '''
 import json, sys, warnings
 sys.path.insert(0, sys.argv[1])
@@ -227,16 +264,40 @@ def train(launcher, answers, student, out, size):
     return json.loads((out/'train.json').read_text())['curve']
 
 
-def test_two_processes_give_the_curve_of_one(tmp_path, answers, student):
-    one = train([sys.executable, '-m', 'llm_distill.cli'], answers, student, tmp_path/'one', 4)
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+@pytest.fixture(scope='module')
+def curve_of_one(tmp_path_factory, answers, student):
+    return train([sys.executable, '-m', 'llm_distill.cli'], answers, student, tmp_path_factory.mktemp('one'), 4)
+
+
+# Either word alone starts several; train --use-cpu keeps them on the CPU
+WAYS = {'whole weights': ['--multi_gpu'],
+        'FSDP2': ['--use_fsdp', '--fsdp_version', '2', '--fsdp_auto_wrap_policy', 'TRANSFORMER_BASED_WRAP']}
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_two_processes_give_the_curve_of_one(tmp_path, answers, student, curve_of_one, way):
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', *WAYS[way], '--num_processes', '2',
               '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
-              '-m', 'llm_distill.cli']  # --multi_gpu alone starts several; train --use-cpu keeps them on the CPU
-    two = train(launch, answers, student, tmp_path/'two', 2)
-    assert [p['step'] for p in one] == [p['step'] for p in two] == [1, 2, 3, 4]
-    for a, b in zip(one, two): assert abs(a['loss'] - b['loss']) < 1e-4, (one, two)
-    assert (tmp_path/'two'/'student'/'model.safetensors').exists()
-    assert 'model' in (tmp_path/'two'/'student'/'README.md').read_text().lower()
+              '-m', 'llm_distill.cli']
+    two = train(launch, answers, student, tmp_path, 2)
+    assert [p['step'] for p in curve_of_one] == [p['step'] for p in two] == [1, 2, 3, 4]
+    for a, b in zip(curve_of_one, two):
+        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-4 for k in a), (curve_of_one, two)
+    assert (tmp_path/'run'/'whole').exists() == (way == 'FSDP2')  # where the shards were put together
+    learnt, before = load_model(tmp_path/'student', 'cpu'), load_model(student, 'cpu')
+    assert apart(learnt, before) > 1e-3 and all(p.isfinite().all() for p in learnt.parameters())
+    assert 'model' in (tmp_path/'student'/'README.md').read_text().lower()
+
+
+@pytest.mark.slow
+def test_fsdp_1_is_refused_where_it_cannot_shard(tmp_path, answers, student):
+    "accelerate, where it takes it at all on CPUs, leaves the weights whole and says nothing."
+    words = [sys.executable, '-m', 'accelerate.commands.launch', '--use_fsdp', '--fsdp_sync_module_states', 'false',
+             '--fsdp_cpu_ram_efficient_loading', 'false', '--num_processes', '1', '--num_machines', '1',
+             '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0', '-m', 'llm_distill.cli',
+             'train', answers, '--student', student, '--out', tmp_path, '--use-cpu']
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=240)
+    assert done.returncode and '--fsdp_version 2' in done.stderr
 
 
 def test_the_commands_judge_what_they_have_not_learnt_from(tmp_path, answers, student):

@@ -64,8 +64,10 @@ class Running:
     def kill(self): self.process.kill(); self.process.wait()
 
     def close(self):
-        for job in self.ask('GET', '/tunings?limit=100')['data'] if self.process.poll() is None else ():
-            if job['status'] in ('pending', 'running'): self.ask('POST', f'/tunings/{job["id"]}/cancel', any=True)
+        for state in ('pending', 'running'):
+            mine = f'/tunings?limit=100&status={state}'
+            while self.process.poll() is None and (left := self.ask('GET', mine)['data']):
+                for job in left: self.ask('POST', f'/tunings/{job["id"]}/cancel', any=True)
         while self.process.poll() is None and self.ask('GET', '/../health')['active_jobs']: time.sleep(.1)
         self.process.terminate()
         self.process.wait(20)
@@ -362,3 +364,33 @@ def test_large_uploads_are_refused(root, tmp_path):
         with pytest.raises(openai.APIStatusError) as e: service.upload()
         assert e.value.status_code == 413 and not [*(service.home/'files').iterdir()]
         assert service.client.files.create(file=('a.jsonl', b'{}'), purpose='fine-tune').bytes == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('known', [False, True], ids=['anything', 'names that exist'])
+def test_a_fuzzer_finds_nothing(root, tmp_path, known):
+    pytest.importorskip('schemathesis', reason='needs the extra "bench"')
+    with running(root, tmp_path/'home', per_minute=0) as service:
+        file, home = service.upload(), service.url.removesuffix('/v1')
+        job = service.create(file, max_steps=1)
+        service.ended(job)
+        document = json.loads(urllib.request.urlopen(f'{home}/openapi.json').read())
+        for path, methods in document['paths'].items() if known else ():
+            for method in methods.values():
+                for part in method.get('parameters', []):
+                    there = {'id': file if 'files/{id}' in path else job, 'name': 'metrics.json'}
+                    if part['in'] == 'path': part['schema'] = {'enum': [there[part['name']]]}
+            methods.pop('delete', None)
+        for asked in document['paths'].values() if known else ():
+            schema = asked.get('post', {}).get('requestBody', {}).get('content', {}).get('application/json', {})
+            fields = schema.get('schema', {}).get('properties', {})
+            if 'training_file' in fields: fields |= {'model': {'enum': ['tiny']}, 'training_file': {'enum': [file]}}
+        (tmp_path/'openapi.json').write_text(json.dumps(document))
+        done = subprocess.run(
+            [sys.executable, '-m', 'schemathesis.cli', 'run', tmp_path/'openapi.json', '--url', home,
+             '--header', f'Authorization: Bearer {KEY}', '--max-examples', '50', '--continue-on-failure', '--checks',
+             'not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance',
+             '--suppress-health-check', 'all', '--seed', '1', '--request-timeout', '60',
+             *(['--mode', 'positive'] if known else [])],
+            capture_output=True, text=True, cwd=tmp_path, timeout=1200)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -83,7 +83,7 @@ def _metrics(service: Service, answered: Counter) -> str:
     lines += [f'llm_distill_http_responses_total{{status="{s}"}} {n}' for s, n in sorted(answered.items())]
     return '\n'.join(lines) + '\n'
 
-# %% ../../nbs/10_serving.app.ipynb #aa44cbad
+# %% ../../nbs/10_serving.app.ipynb #f94609f1
 POSTS = {'/v1/chat/completions': (ChatRequest, 'chat'), '/v1/completions': (CompletionRequest, 'complete'),
          '/v1/embeddings': (EmbeddingRequest, 'embed'), '/generate': (GenerateRequest, 'generate'),
          '/logits': (LogitsRequest, 'logits')}
@@ -95,13 +95,15 @@ def _replies() -> dict: # By path, OpenAI's own forms
     return {'/v1/chat/completions': ChatCompletion, '/v1/completions': Completion,
             '/v1/embeddings': CreateEmbeddingResponse, '/v1/models/{name}': Model}
 
-def _with_nulls(forms: dict) -> None:
-    "The first token of a prompt has no logprob: a null at OpenAI too, though its SDK's types do not say so."
+def _as_sent(forms: dict) -> None:
+    "What OpenAI sends too, though its SDK's types do not say so."
     for form in forms.values():
         fields = form.get('properties', {})
-        for name in ('token_logprobs', 'top_logprobs') if 'text_offset' in fields else ():
+        for name in ('token_logprobs', 'top_logprobs') if 'text_offset' in fields else ():  # none of a first token
             for kind in fields[name]['anyOf']:
                 if 'items' in kind: kind['items'] = {'anyOf': [kind['items'], {'type': 'null'}]}
+    vector = forms['Embedding']['properties']
+    vector['embedding'] = {'anyOf': [vector['embedding'], {'type': 'string', 'contentEncoding': 'base64'}]}
 
 _ERROR = {'type': 'object', 'required': ['error'], 'properties': {'error': {
     'type': 'object', 'required': ['message', 'type', 'param', 'code'], 'properties': {
@@ -119,7 +121,7 @@ def _document(app: FastAPI, keyed: bool):
         heard = TranscriptionRequest, 'validation'
         schemas, definitions = models_json_schema([*asked.values(), *told.values(), heard],
                                                   ref_template='#/components/schemas/{model}')
-        _with_nulls(definitions['$defs'])
+        _as_sent(definitions['$defs'])
         found = plain()
         parts = found.setdefault('components', {})
         parts['schemas'] = definitions['$defs'] | {'Error': _ERROR}
@@ -137,8 +139,10 @@ def _document(app: FastAPI, keyed: bool):
                 says['requestBody'] = {'required': True, 'content': json_of(schemas[asked[path]])}
                 if path in told and path != '/v1/embeddings':
                     reply['content']['text/event-stream'] = {}
-        file = {'type': 'object', 'required': ['file'], 'properties': {'file': {'type': 'string', 'format': 'binary'}}}
-        content = {'multipart/form-data': {'schema': {'allOf': [file, schemas[heard]]}}}
+        form = definitions['$defs'][TranscriptionRequest.__name__]
+        form['properties']['file'] = {'type': 'string', 'format': 'binary'}
+        form['required'] = ['file', *form.get('required', ())]
+        content = {'multipart/form-data': {'schema': schemas[heard]}}
         found['paths'][TRANSCRIPTIONS]['post']['requestBody'] = {'required': True, 'content': content}
         return found
     app.openapi = openapi
@@ -167,6 +171,10 @@ def _add_transcriptions(app: FastAPI, service: Service, bodies: Bodies, max_audi
         if isinstance(found, Chunks): return _Stream(found)
         return Response(found, media_type='text/plain') if isinstance(found, str) else json_reply(found)
 
+def _health(service: Service) -> Response:
+    ended = service.engine.ended
+    return json_reply({'status': ended or 'ok', 'model': service.name}, 503 if ended else 200)
+
 def _add_gets(app: FastAPI, service: Service, answered: Counter):
     created = int(service.started)
 
@@ -174,9 +182,7 @@ def _add_gets(app: FastAPI, service: Service, answered: Counter):
     async def about(): return {'what': 'an OpenAI-compatible server', 'model': service.name, 'docs': '/docs'}
 
     @app.get('/health')
-    async def health():
-        ended = service.engine.ended
-        return json_reply({'status': ended or 'ok', 'model': service.name}, 503 if ended else 200)
+    async def health(): return _health(service)
 
     @app.get('/v1/models')
     async def models(): return models_reply([service.name], created)
@@ -189,7 +195,7 @@ def _add_gets(app: FastAPI, service: Service, answered: Counter):
     @app.get('/metrics', response_class=PlainTextResponse)
     async def metrics(): return Response(_metrics(service, answered), media_type='text/plain; version=0.0.4')
 
-# %% ../../nbs/10_serving.app.ipynb #e6884520
+# %% ../../nbs/10_serving.app.ipynb #900fdff3
 def create_app(
     service: Service,
     api_keys: Sequence[str] = (), # Any of them lets in; none: everybody may
@@ -207,6 +213,7 @@ def create_app(
     _add_transcriptions(app, service, bodies, max_audio)
     _add_gets(app, service, answered)
     _document(app, bool(api_keys))
-    app.add_middleware(Door, keys=Keys.of(api_keys), cors=list(cors), answered=answered)
+    app.add_middleware(Door, keys=Keys.of(api_keys), cors=list(cors), answered=answered,
+                       health=lambda: _health(service))
     if cors: app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=['*'], allow_headers=['*'])
     return app

@@ -133,7 +133,7 @@ class Bodies:
 def _too_long(most: int) -> Refused:
     return refusal(f'A body may have {most:,} bytes here, and this one has more.', None, 'too_large', 413)
 
-# %% ../../nbs/10_serving.door.ipynb #97dad41c
+# %% ../../nbs/10_serving.door.ipynb #6ff802ee
 OPEN = '/', '/health', '/docs', '/openapi.json'  # without a key
 
 def _foreign(headers: dict[bytes, bytes], cors: Sequence[str]) -> bool: # Whether a page from elsewhere asks
@@ -149,8 +149,9 @@ class Door:
         cors: Sequence[str] = (),    # Origins whose pages may ask, "*" for all
         answered: Counter|None = None, # Of replies by status
         wait: Callable[[str], float] = lambda owner: 0., # Seconds until an owner may ask again; 0 lets in
+        health: Callable[[], Response]|None = None, # Answers GET /health here, for it must come at once
     ):
-        self.app, self.keys, self.cors, self.wait = app, keys, cors, wait
+        self.app, self.keys, self.cors, self.wait, self.health = app, keys, cors, wait, health
         self.answered = Counter() if answered is None else answered
 
     def _refused(self, scope) -> Response|None:
@@ -170,4 +171,6 @@ class Door:
         async def counted(message):
             if message['type'] == 'http.response.start': self.answered[message['status']] += 1
             await send(message)
+        if self.health and scope['path'] == '/health' and scope['method'] == 'GET':
+            return await self.health()(scope, receive, counted)
         await (self._refused(scope) or self.app)(scope, receive, counted)

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['rows_of', 'Room', 'Draft', 'Chunks', 'Parts', 'written']
 
-# %% ../../nbs/10_serving.drafts.ipynb #90b0b3f0
+# %% ../../nbs/10_serving.drafts.ipynb #005ba971
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from functools import partial
 
 from .words import Piece
 from .sampling import Sampling
 from ..types import ServerBusy, ServerError
 
-# %% ../../nbs/10_serving.drafts.ipynb #c31d440d
+# %% ../../nbs/10_serving.drafts.ipynb #9ca802a2
 def rows_of(ids: list[int], s: Sampling) -> int: # Of a reply, at most
     read = 0 if s.prompt_logprobs is None else len(ids)*(1 + s.prompt_logprobs)
     return read + s.max_tokens*(1 + (s.top_logprobs or 0))
@@ -35,7 +35,14 @@ class Room:
 
     def give(self, n: int) -> None: self.taken, self.inside = self.taken - n, self.inside - 1
 
-# %% ../../nbs/10_serving.drafts.ipynb #fcb9d3c0
+    @contextmanager
+    def held(self, n: int): # Raises `ServerBusy`
+        "Room for a request that is answered meanwhile."
+        self.take(n)
+        try: yield
+        finally: self.give(n)
+
+# %% ../../nbs/10_serving.drafts.ipynb #78899b5b
 _BATCH = 256  # pieces that are handed on without a look at what else there is to do
 
 class Draft:
@@ -67,6 +74,10 @@ class Draft:
         for job in self.jobs: self.engine.cancel(job)
         if self._room: self._room.give(self.rows)
         self._room = None
+
+    def cached(self, draws: int = 1) -> int: # Answers to each prompt
+        "Tokens of the prompts that need not be read, as another one began likewise; known when all answers have begun."
+        return sum(min(job.reused for job in self.jobs[at:at + draws]) for at in range(0, len(self.jobs), draws))
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Piece]]]: # Number of an answer, and a piece of it
         "What has come since the last look; raises `ServerError` where the model failed."

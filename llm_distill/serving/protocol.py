@@ -164,7 +164,7 @@ class ChatRequest(_Asking):
         return self._sampling(choice, max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
                               top_logprobs=self.top, prompt_logprobs=self.prompt_logprobs, constraint=constraint)
 
-# %% ../../nbs/10_serving.protocol.ipynb #c5f0cf62
+# %% ../../nbs/10_serving.protocol.ipynb #cca57057
 _EXPECTED = 'expected a string, token ids, or a list of one of them, with something in it'
 
 def _texts_or_ids(value, info: ValidationInfo) -> list[str|list[int]]:
@@ -184,6 +184,9 @@ def _checked(one, place, limits):
         except UnicodeEncodeError: refuse(place, 'holds half a character, a lone surrogate')
         return one
     if not one: refuse(place, 'there are no token ids in it', 'array_below_min_length')
+    if limits.context is not None and len(one) > limits.context:  # before each of them is looked at
+        refuse(place, f"this model's maximum context length is {limits.context:,} tokens, not {len(one):,}",
+               'context_length_exceeded')
     most = limits.vocabulary or 2**31
     if all(type(token) is int for token in one) and 0 <= min(one) and max(one) < most: return one
     for i, token in enumerate(one):

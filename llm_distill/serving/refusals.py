@@ -61,7 +61,7 @@ def explain(
         if isinstance(got, int|float) or (isinstance(got, str) and len(got) < 40): said += f', not {got!r}'
     return error_body(f'Invalid {where!r}: {said}.' if where else f'Invalid body: {said}.', where or None, code)
 
-# %% ../../nbs/10_serving.refusals.ipynb #9c741462
+# %% ../../nbs/10_serving.refusals.ipynb #5579c2bd
 @dataclass(frozen=True)
 class Limits:
     "What a server allows a request."
@@ -71,6 +71,7 @@ class Limits:
     max_rows: int = 1_000_000     # Tokens of a reply, and the alternatives that are reported for them
     max_texts: int = 300_000      # Tokens of all texts to be embedded; OpenAI's limit
     vocabulary: int|None = None   # Token ids are below this; None does not check
+    context: int|None = None      # Token ids of a prompt and its answer; None does not check
     dimensions: int|None = None   # Of an embedding; None does not check
 
     @classmethod
@@ -118,7 +119,7 @@ def some(n: int, kind): # A type
     first = {'fail_fast': True} if getattr(kind, '__origin__', None) is list else {}
     return Annotated[kind, Field(max_length=n, **first), BeforeValidator(check)]
 
-# %% ../../nbs/10_serving.refusals.ipynb #d857853a
+# %% ../../nbs/10_serving.refusals.ipynb #bfc2a887
 class Refused(BadInput):
     "A request that cannot be answered as it is; `.body` is what to send back, `.status` of HTTP with it."
     status = 400
@@ -133,6 +134,7 @@ def refusal(
     return error
 
 _MOST_OBJECTS = 150_000  # of a body; they take 40 ms
+_MOST_VALUES = 600_000   # more than the token ids of any request; they take 10 ms
 
 def read_body(
     kind: type[Form],           # `ChatRequest`, `CompletionRequest` or `EmbeddingRequest`
@@ -142,8 +144,10 @@ def read_body(
     "A request out of the body that a client sent."
     try:
         if isinstance(data, bytes|str):
-            if sum(map(data.count, (b'{', b'[', b':') if isinstance(data, bytes) else '{[:')) > _MOST_OBJECTS:
-                raise Refused(error_body(f'The body holds more than {_MOST_OBJECTS:,} objects; send it in parts.'))
+            *marks, comma = (b'{', b'[', b':', b',') if isinstance(data, bytes) else '{[:,'
+            for what, most, found in (('objects', _MOST_OBJECTS, marks), ('values', _MOST_VALUES, [comma])):
+                if len(data) > most and sum(map(data.count, found)) > most:
+                    raise Refused(error_body(f'The body holds more than {most:,} {what}; send it in parts.'))
             data = orjson.loads(data)
     except orjson.JSONDecodeError as e: raise Refused(error_body(f'The body is no JSON: {e}.')) from e
     if not isinstance(data, dict): raise Refused(error_body('The body is no JSON object.'))

@@ -30,23 +30,23 @@ def token_text(
 
 def _clipped(logprob: float) -> float: return max(logprob, LOWEST)
 
-# %% ../../nbs/10_serving.replies.ipynb #31861a43
+# %% ../../nbs/10_serving.replies.ipynb #35b1e216
 def usage(
     prompt_tokens: int,
     completion_tokens: int,
     cached_tokens: int = 0, # Of the prompt, those that were computed before
 ) -> dict:
     "What a request cost, in tokens."
-    counts = {'prompt_tokens': prompt_tokens, 'completion_tokens': completion_tokens,
-              'total_tokens': prompt_tokens + completion_tokens}
-    return counts | ({'prompt_tokens_details': {'cached_tokens': cached_tokens}} if cached_tokens else {})
+    return {'prompt_tokens': prompt_tokens, 'completion_tokens': completion_tokens,
+            'total_tokens': prompt_tokens + completion_tokens,
+            'prompt_tokens_details': {'cached_tokens': cached_tokens}}
 
 def _text(pieces: list[Piece]) -> str: return ''.join(p.text for p in pieces)
 
 def _finish(pieces: list[Piece]) -> str: # Of an answer of no tokens: that is all it might have
     return pieces[-1].finish if pieces else 'length'
 
-# %% ../../nbs/10_serving.replies.ipynb #8823ae27
+# %% ../../nbs/10_serving.replies.ipynb #0947503c
 class _Reply:
     "Writes the answers to one request."
     kind = chunk_kind = prefix = ''
@@ -56,7 +56,7 @@ class _Reply:
         prompt_tokens: int,             # Of all prompts together
         top_logprobs: int|None = None,  # Alternatives to write for each token; None writes no logprobs
         include_usage: bool = False,    # The stream ends with a chunk that counts the tokens
-        cached_tokens: int = 0,         # Of the prompt, those that were computed before
+        cached_tokens: int = 0,         # Of the prompt, those that were computed before; may be set later
     ):
         self.model, self.k, self.include_usage = model, top_logprobs, include_usage
         self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens

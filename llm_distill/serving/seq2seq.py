@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kind_of', 'rules_of', 'Voice', 'Seq2SeqEngine', 'Seq2SeqService', 'open_service']
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #7f99662e
+# %% ../../nbs/10_serving.seq2seq.ipynb #289a76b1
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,15 @@ from transformers import (AutoConfig, AutoModelForSeq2SeqLM, EncoderNoRepeatNGra
                           NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor,
                           SuppressTokensAtBeginLogitsProcessor, SuppressTokensLogitsProcessor)
 
-from ..models import _from_pretrained, encode_chat, find_model, load_tokenizer, pick_device, pick_dtype
+from ..models import encode_chat, find_model, load_pretrained, load_tokenizer, pick_device, pick_dtype
 from .beams import Gone
 from .cohorts import CohortModel
-from .engine import Engine, _memory
+from .engine import Engine, free_memory
 from .words import Job, Piece, TextStream, Words
 from .protocol import ChatRequest, CompletionRequest
 from .refusals import refusal
 from .sampling import Sampling, penalise
-from .service import _USUAL, Draft, GenerateRequest, LogitsRequest, Service
+from .service import USUAL_TOKENS, Draft, GenerateRequest, LogitsRequest, Service
 from ..types import NoSuchModel
 
 # %% ../../nbs/10_serving.seq2seq.ipynb #4649c611
@@ -108,7 +108,7 @@ class Voice(Words):
             piece.top = [(i, t.removeprefix(b' '), p) for i, t, p in piece.top]
         return piece
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #c69bd1a3
+# %% ../../nbs/10_serving.seq2seq.ipynb #e5fd3353
 _COHORTS, _AT_ONCE = 4, 4096  # so many at a time; tokens of prompts that are read between two steps
 
 class Seq2SeqEngine(Engine):
@@ -122,7 +122,7 @@ class Seq2SeqEngine(Engine):
         queue: int = 1000,       # How many may wait
         memory: float|None = None, # Bytes for keys and values; None takes up to 60 % of what is free
     ):                           # Raises `ServerError` for a model that cannot be served here
-        if memory is None: memory = .6*_memory(model.device)
+        if memory is None: memory = .6*free_memory(model.device)
         # Prompt and answer have keys of their own, so there is half the room for each
         super().__init__(model, tokenizer, slots, max_context, queue, memory/2, _AT_ONCE)
         self.reads = self.writes = self.max_context
@@ -147,7 +147,7 @@ def _found(words: Voice, said: list[int], stop: list[str]) -> list[Piece]: # All
     shown = text.push(data.removeprefix(b' ') if words.spaced else data, True)
     return [Piece(shown, said[-1], finish='length' if end is None and not text.stopped else 'stop', tokens=len(said))]
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #40d56496
+# %% ../../nbs/10_serving.seq2seq.ipynb #e9947884
 class Seq2SeqService(Service):
     "All that an encoder-decoder can be asked."
     def __init__(
@@ -170,7 +170,7 @@ class Seq2SeqService(Service):
             raise refusal(f"This model's maximum context length is {writes} tokens for an answer, not "
                           f'{sampling.max_tokens}.', 'max_tokens', 'context_length_exceeded')
 
-    def _room(self, ids) -> int: return min(_USUAL, self.engine.writes)
+    def _room(self, ids) -> int: return min(USUAL_TOKENS, self.engine.writes)
 
     def _turns(self, messages: list[dict]) -> list[int]:
         "By the chat template; without one, what was said, a message a line."
@@ -221,7 +221,7 @@ class Seq2SeqService(Service):
         "Refused: an encoder-decoder expects nothing behind the tokens of a prompt."
         raise refusal('an encoder-decoder has no logits for a text that it reads', 'input', 'unsupported_parameter')
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #0aaf1062
+# %% ../../nbs/10_serving.seq2seq.ipynb #2f6447d9
 def open_service(
     place: str|Path,              # A folder or a hub name
     device: str|None = None,      # None takes the best there is
@@ -235,6 +235,6 @@ def open_service(
     "Load an encoder-decoder to be served."
     place, device = find_model(place), pick_device(device)
     tokenizer = load_tokenizer(place)
-    model = _from_pretrained(AutoModelForSeq2SeqLM, place, dtype=dtype or pick_dtype(device)).to(device).eval()
+    model = load_pretrained(AutoModelForSeq2SeqLM, place, dtype=dtype or pick_dtype(device)).to(device).eval()
     engine = Seq2SeqEngine(model, tokenizer, batch_size, max_model_len)
     return Seq2SeqService(engine, tokenizer, name or Path(place).resolve().name, max_logprobs, max_concurrent)

@@ -13,10 +13,10 @@ import numpy as np
 
 from ..types import BadInput, missing_package
 
-# %% ../../nbs/10_serving.sound.ipynb #e1926e10
+# %% ../../nbs/10_serving.sound.ipynb #65e38ee1
 def need_speech() -> None: # Raises ImportError with the install command
     "Whether everything is there to read sound."
-    needed = 'soundfile', 'soxr', 'python_multipart'
+    needed = 'soundfile', 'soxr'
     missing = [name.replace('_', '-') for name in needed if importlib.util.find_spec(name) is None]
     if missing: raise missing_package('transcribing', *missing)
 

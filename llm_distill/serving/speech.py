@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Transcriber', 'SpeechService', 'open_service']
 
-# %% ../../nbs/10_serving.speech.ipynb #21e09615
+# %% ../../nbs/10_serving.speech.ipynb #5cbd374b
 import asyncio
 import logging
 import threading
@@ -21,12 +21,12 @@ from transformers import (AutoConfig, AutoModelForSpeechSeq2Seq, LogitsProcessor
                           WhisperFeatureExtractor)
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-from ..models import _from_pretrained, find_model, load_tokenizer, pick_device, pick_dtype, token_bytes
+from ..models import find_model, load_pretrained, load_tokenizer, pick_device, pick_dtype, token_bytes
 from .drafts import Chunks
 from .engine import Stats
 from .hearing import Ear, Gone, Listen, Logprobs, Marks, Recording, Writer
 from .refusals import Limits, Refused, refusal
-from .service import _named
+from .service import named_refusal
 from .sound import need_speech, read_audio
 from .transcripts import Transcript, TranscriptionRequest, delta, done_event, write
 from ..types import BadInput, ServerBusy, ServerError
@@ -202,7 +202,7 @@ class Transcriber(_Listening):
         p = self.model(encoder_outputs=out, decoder_input_ids=start, use_cache=False).logits[0, -1].float().softmax(-1)
         ear.windows[-1].no_speech = float(p[self.marks.first_stamp - 2])
 
-# %% ../../nbs/10_serving.speech.ipynb #3e1740ad
+# %% ../../nbs/10_serving.speech.ipynb #d3669101
 class SpeechService:
     "All that a Whisper model can be asked."
     def __init__(
@@ -225,7 +225,7 @@ class SpeechService:
         self.engine.check()
         try: recording = await asyncio.to_thread(self._recording, body, data)
         except Refused: raise
-        except BadInput as e: raise _named(e, 'file') from e
+        except BadInput as e: raise named_refusal(e, 'file') from e
         if body.stream: return Chunks(recording, self._stream(recording, body, self._listen(recording)))
         try:
             self.engine.submit(recording)
@@ -283,7 +283,7 @@ class SpeechService:
 
     chat = complete = embed = generate = logits = _only_transcribes
 
-# %% ../../nbs/10_serving.speech.ipynb #dbf93d0f
+# %% ../../nbs/10_serving.speech.ipynb #813d2ec0
 def open_service(
     place: str|Path,              # A folder or a hub name
     device: str|None = None,      # None takes the best there is
@@ -298,7 +298,7 @@ def open_service(
     place, device = find_model(place), pick_device(device)
     kind = AutoConfig.from_pretrained(place).model_type
     if kind != 'whisper': raise BadInput(f'{str(place)!r} is of type {kind!r}; only Whisper models transcribe here')
-    model = _from_pretrained(AutoModelForSpeechSeq2Seq, place, dtype=dtype or pick_dtype(device)).to(device).eval()
-    features = _from_pretrained(WhisperFeatureExtractor, place)
+    model = load_pretrained(AutoModelForSpeechSeq2Seq, place, dtype=dtype or pick_dtype(device)).to(device).eval()
+    features = load_pretrained(WhisperFeatureExtractor, place)
     engine = Transcriber(model, load_tokenizer(place), features, batch_size, max_concurrent)
     return SpeechService(engine, name or Path(place).resolve().name, max_seconds)

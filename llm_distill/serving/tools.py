@@ -209,12 +209,13 @@ class _Value:
                 if not self.depth: return i + 1
             elif c == '<' or (not self.depth and c in ',}] \n'): return i  # a mark: it was never closed
 
-# %% ../../nbs/10_serving.tools.ipynb #46fcd882
+# %% ../../nbs/10_serving.tools.ipynb #732faba0
 MARKS = ('<tool_call>', '[TOOL_CALLS]', '<|tool_call|>', '<|python_tag|>')
 _CLOSE, _KEYS = '</tool_call>', ('name', 'type', 'id', 'arguments', 'parameters')
 _ASIDE = r'(?:"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*)*'
 _HEAD = re.compile(rf'\{{\s*{_ASIDE}"name"\s*:\s*"([^"\\]+)"\s*,\s*{_ASIDE}"(?:arguments|parameters)"\s*:\s*(?=\{{)')
 _BRACKETS = re.compile(r'([\w.-]+)\s*(?:\[CALL_ID\]\w*)?\s*(?:\[ARGS\])?\s*(?=\{)')  # Mistral's newer way
+_NAMED = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)("?)')
 _NEARLY = re.compile(r'[\w.-]{1,64}\s*(?:\[[A-Z_\[\]\w]*)?\s*')
 
 def _begins(text: str, words) -> bool:
@@ -263,7 +264,7 @@ class _Deltas:
         self.calls[-1]['function']['arguments'] += text
         self._out.append({'tool_calls': [{'index': len(self.calls) - 1, 'function': {'arguments': text}}]})
 
-# %% ../../nbs/10_serving.tools.ipynb #d5ad4fd2
+# %% ../../nbs/10_serving.tools.ipynb #a0f6632f
 class _Calls(_Deltas):
     "Reads calls from the front of the text."
     def _read_calls(self, lead: int, names: list[str]|None):
@@ -298,8 +299,15 @@ class _Calls(_Deltas):
                     return (call[0], seen + end, call[1]) if call and (names is None or call[0] in names) else None
                 seen = len(self._text)
             elif text and not (names is None and _NEARLY.fullmatch(text)): return None
-            if self._final: return None
+            if self._final: return self._cut(text) if self._forced else None
             yield
+
+    def _cut(self, text: str):
+        "What is left when a forced answer ends before the arguments begin: its name, if there is no doubt about it."
+        said = _NAMED.match(text)
+        fits = [n for n in self.names if (n == said[1] if said and said[2] else n.startswith(said[1] if said else ''))]
+        if len(fits) == 1 and (said or not self.calls): return fits[0], len(self._text), ''
+        self._take(None)  # half a name is nobody's, and no text either
 
     def _pass(self, value: _Value, to):
         "Hand on the text up to the end of a value."
@@ -317,16 +325,17 @@ class _Calls(_Deltas):
         while not (rest := self._text.lstrip()) and not self._final: yield
         self._text = rest
 
-# %% ../../nbs/10_serving.tools.ipynb #cb41fbec
+# %% ../../nbs/10_serving.tools.ipynb #48808c87
 class CallParser(_Calls):
     "Turns an answer, whole or in pieces, into OpenAI's deltas of content and tool calls."
     def __init__(
         self,
         names: list[str],     # Functions that may be called
         single: bool = False, # What comes after the first call is left out
+        forced: bool = False, # The answer must be calls, so one that is cut early is the beginning of a call
     ):
         super().__init__(names)
-        self._single, self._reading = single, self._read()
+        self._single, self._forced, self._reading = single, forced, self._read()
 
     def feed(self, text: str) -> list[dict]: # Deltas: {"content": ...} or {"tool_calls": [...]}
         "Read on."
@@ -342,7 +351,7 @@ class CallParser(_Calls):
     def _read(self):
         "An answer: calls without a mark, or text with marked calls in it."
         while not self._text.strip() and not self._final: yield
-        if self._text.lstrip()[:1] in ('{', '['): yield from self._read_calls(0, self.names)
+        if self._forced or self._text.lstrip()[:1] in ('{', '['): yield from self._read_calls(0, self.names)
         while not (self._single and self.calls) and (lead := (yield from self._read_text())):
             before = len(self.calls)
             yield from self._read_calls(lead, None)
@@ -364,14 +373,15 @@ class CallParser(_Calls):
         self._say(rest if not self.calls else rest.rstrip())
         return 0
 
-# %% ../../nbs/10_serving.tools.ipynb #6436b3b9
+# %% ../../nbs/10_serving.tools.ipynb #8f214d6d
 def parse_calls(
     text: str,            # A whole answer
     names: list[str],     # Functions that may be called
     single: bool = False, # What comes after the first call is left out
+    forced: bool = False, # The answer must be calls, so one that is cut early is the beginning of a call
 ) -> dict:                # "content", None if there is none beside calls, and "tool_calls" if there are any
     "What a message says and which functions it calls."
-    parser = CallParser(names, single)
+    parser = CallParser(names, single, forced)
     parser.feed(text)
     parser.finish()
     if not parser.calls: return {'content': parser.content}

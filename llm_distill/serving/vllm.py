@@ -115,8 +115,9 @@ def vllm_environment(
     if _split(gpus): found['CUDA_VISIBLE_DEVICES'] = ','.join(_split(gpus))
     return found
 
-# %% ../../nbs/10_serving.vllm.ipynb #c96ca6c2
+# %% ../../nbs/10_serving.vllm.ipynb #6c7821d1
 _NOT_THERE = {  # option: (what may be asked for all the same, why nothing else)
+    'api_key_file': ((None,), '`ServeOptions` has read it already'),
     'device': ((None, 'cuda'), 'which devices it runs on was settled when it was built; --gpus chooses among them'),
     'max_concurrent': ((None, 100), 'it lets all requests wait; let a proxy in front of it count them'),
     'torch_compile': ((None, False), 'it compiles by itself'),

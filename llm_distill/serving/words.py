@@ -60,7 +60,7 @@ class Piece:
     tokens: int = 0                        # Tokens generated so far, the end token included
     prompt: PromptRows|None = None         # With the first piece, if asked for
 
-# %% ../../nbs/10_serving.words.ipynb #cafdda53
+# %% ../../nbs/10_serving.words.ipynb #be7d015a
 Emit = Callable[[list[Piece]], None]
 
 @dataclass(eq=False)
@@ -72,6 +72,7 @@ class Job:
     stream: bool = True       # Pieces as they come, or all of them at the end
     said: list[int] = field(default_factory=list)
     read: int = 0             # How much of the prompt is read
+    reused: int = 0           # How much of it was there already
     cancelled: bool = False
     pieces: list[Piece] = field(default_factory=list) # Not told yet
     rows: PromptRows|None = None

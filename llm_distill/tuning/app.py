@@ -29,7 +29,7 @@ from .forms import (Health, Metrics, Page, ResultFile, State, Told, Tuning, Tuni
                                       TuningRequest, page_of)
 from .service import Pace, TuningService
 
-# %% ../../nbs/11_tuning.app.ipynb #53bd99ed
+# %% ../../nbs/11_tuning.app.ipynb #a2b558e3
 _Limit = Annotated[int, Query(ge=1, le=100)]
 _After = Annotated[str|None, Query(max_length=100)]
 _ERRORS = {code: {'description': said, 'content': {'application/json': {'schema': {'type': 'object', 'properties': {
@@ -37,6 +37,9 @@ _ERRORS = {code: {'description': said, 'content': {'application/json': {'schema'
         (400, 'Something in the request is wrong; `error.param` names it'), (401, 'No key, or a wrong one'),
         (404, 'Not there, or not yours'), (409, 'Not in this state'), (413, 'Too large'), (422, 'No valid request'),
         (429, 'Come again after `Retry-After` seconds'))}
+
+_BYTES = {200: {'description': 'The file', 'content': {'*/*': {}}}}
+_LIVE = {200: {'description': 'A page of events, or a stream of them', 'content': {'text/event-stream': {}}}}
 
 def _owner(request: Request) -> str: return request.scope['owner']
 
@@ -54,7 +57,7 @@ def _body_of(kind) -> dict: # For the document: bodies are read by `Bodies`, whi
 def _paged(kind) -> type: # A `Page` of something, for the document
     return type(f'{kind.__name__}Page', (Page,), {'__annotations__': {'data': list[kind]}})
 
-# %% ../../nbs/11_tuning.app.ipynb #695214ed
+# %% ../../nbs/11_tuning.app.ipynb #25ab1c74
 async def _upload(request: Request, bodies: Bodies, most: int) -> tuple[UploadFile, str]: # The file, and its purpose
     if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
         raise refusal('Send a form (multipart/form-data) with the file in it as "file".')
@@ -99,15 +102,16 @@ def _add_files(app: FastAPI, service: TuningService, bodies: Bodies, most: int):
     @app.get('/v1/files/{id}', response_model=TuningFile, responses=_ERRORS)
     async def file(request: Request, id: str):
         "What is known of a file."
-        if (text := curve(_owner(request), id)) is not None:
+        if (text := await asyncio.to_thread(curve, _owner(request), id)) is not None:
             job = service.job(_owner(request), id.removeprefix('file-'))
             return _reply(fine_tuning_results(job, len(text.encode())))
         return _reply(uploads.find(id, _owner(request)))
 
-    @app.get('/v1/files/{id}/content', responses=_ERRORS)
+    @app.get('/v1/files/{id}/content', responses=_ERRORS | _BYTES, response_class=FileResponse)
     async def content(request: Request, id: str):
         "A file's bytes."
-        if (text := curve(_owner(request), id)) is not None: return Response(text, media_type='text/csv')
+        text = await asyncio.to_thread(curve, _owner(request), id)
+        if text is not None: return Response(text, media_type='text/csv')
         found = uploads.find(id, _owner(request))
         return FileResponse(uploads.path(found), media_type='application/octet-stream', filename=found.filename)
 
@@ -117,7 +121,7 @@ def _add_files(app: FastAPI, service: TuningService, bodies: Bodies, most: int):
         await asyncio.to_thread(uploads.remove, uploads.find(id, _owner(request)))
         return json_reply({'id': id, 'object': 'file', 'deleted': True})
 
-# %% ../../nbs/11_tuning.app.ipynb #24c11d9c
+# %% ../../nbs/11_tuning.app.ipynb #4b5667aa
 def _add_jobs(app: FastAPI, service: TuningService, bodies: Bodies):
     @app.post('/v1/tunings', status_code=201, response_model=Tuning, openapi_extra=_body_of(TuningRequest),
               responses=_ERRORS | {200: {'description': 'The job that was made by the same request', 'model': Tuning}})
@@ -151,7 +155,7 @@ def _add_jobs(app: FastAPI, service: TuningService, bodies: Bodies):
     @app.get('/v1/tunings/{id}/metrics', response_model=Metrics, responses=_ERRORS)
     async def metrics(request: Request, id: str):
         "The curve of a job, and its figures at the end."
-        return _reply(service.metrics(_owner(request), id))
+        return _reply(await asyncio.to_thread(service.metrics, _owner(request), id))
 
     @app.get('/v1/tunings/{id}/files', response_model=_paged(ResultFile), responses=_ERRORS)
     async def results(request: Request, id: str):
@@ -159,14 +163,14 @@ def _add_jobs(app: FastAPI, service: TuningService, bodies: Bodies):
         service.job(_owner(request), id)
         return _reply(Page(data=await asyncio.to_thread(service.results.list, id)))
 
-    @app.get('/v1/tunings/{id}/files/{name:path}', responses=_ERRORS)
+    @app.get('/v1/tunings/{id}/files/{name:path}', responses=_ERRORS | _BYTES, response_class=FileResponse)
     async def result(request: Request, id: str, name: str):
         "A file that a job has made."
         service.job(_owner(request), id)
         found = service.results.find(id, name)
         return FileResponse(found, media_type=mimetypes.guess_type(found.name)[0] or 'application/octet-stream')
 
-# %% ../../nbs/11_tuning.app.ipynb #13df045a
+# %% ../../nbs/11_tuning.app.ipynb #ba485d92
 def _sse(told: TuningEvent|Tuning|None) -> bytes: # One server-sent event
     if told is None: return b': still here\n\n'
     number, kind = (f'id: {told.id}\n', told.type) if isinstance(told, TuningEvent) else ('', 'done')
@@ -180,7 +184,7 @@ def _add_events(app: FastAPI, service: TuningService, ending: Callable[[], bool]
         async for told in service.follow(owner, id, after, ending):
             if told is not None or not ending(): yield _sse(told)
 
-    @app.get('/v1/tunings/{id}/events', response_model=_paged(TuningEvent), responses=_ERRORS)
+    @app.get('/v1/tunings/{id}/events', response_model=_paged(TuningEvent), responses=_ERRORS | _LIVE)
     async def events(request: Request, id: str, after: Annotated[int, Query(ge=0, lt=2**31)] = 0,
                      limit: Annotated[int, Query(ge=1, le=1000)] = 100, stream: bool = False,
                      accept: Annotated[str, Header(include_in_schema=False)] = '',

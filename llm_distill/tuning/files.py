@@ -18,9 +18,9 @@ from ..serving.refusals import refusal
 from .forms import ResultFile, TuningFile
 from .store import JobStore, new_id
 
-# %% ../../nbs/11_tuning.files.ipynb #068dc667
+# %% ../../nbs/11_tuning.files.ipynb #ea137f59
 def _odd(step: str) -> bool:
-    return step in ('.', '..') or step.startswith('~') or len(step.encode(errors='replace')) > 255
+    return step.startswith(('.', '~')) or len(step.encode(errors='replace')) > 255
 
 def within(
     root: Path,

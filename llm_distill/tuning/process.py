@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_keys', 'make_key', 'TuningOptions', 'run_tunings', 'TuningServer', 'serve_tunings']
 
-# %% ../../nbs/11_tuning.process.ipynb #e5650f6f
+# %% ../../nbs/11_tuning.process.ipynb #ab0b2e03
 import json
 import os
 import secrets
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..folders import tunings_folder
 from ..serving.door import Keys, key_digest
+from ..serving.options import keys_in_file
 from ..serving.process import take_port
 from ..tables import atomically
 from ..types import BadInput, ServerError
@@ -46,7 +47,7 @@ def make_key(
     os.chmod(home/'keys.json', 0o600)
     return key
 
-# %% ../../nbs/11_tuning.process.ipynb #11a13e6a
+# %% ../../nbs/11_tuning.process.ipynb #b5db240e
 @dataclass
 class TuningOptions:
     "How to run a service."
@@ -57,6 +58,7 @@ class TuningOptions:
     models: str|Path|None = None  # A folder whose models may be trained
     allow_hub: bool = False       # Whether models of the hub may be
     api_keys: Sequence[str] = field(default=(), repr=False) # None: those that were made, or else a new one
+    api_key_file: str|None = None # A file with more of them, one a line
     no_key: bool = False          # Let everybody on this machine in
     cors: Sequence[str] = ()      # Origins whose pages may ask
     per_minute: float = 6000      # Requests of a key; 0: any number
@@ -67,7 +69,8 @@ class TuningOptions:
 
     def __post_init__(self): # Raises `BadInput`
         self.home = Path(self.home) if self.home else tunings_folder()
-        if isinstance(self.api_keys, str): self.api_keys = [self.api_keys]
+        self.api_keys = [self.api_keys] if isinstance(self.api_keys, str) else list(self.api_keys)
+        if self.api_key_file: self.api_keys += keys_in_file(self.api_key_file)
         if self.max_jobs < 1: raise BadInput(f'max_jobs is 1 or more, not {self.max_jobs}')
         if self.models is not None and not Path(self.models).is_dir():
             raise BadInput(f'there is no folder {str(self.models)!r} with models')

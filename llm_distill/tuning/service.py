@@ -72,7 +72,7 @@ class Pace:
             self._due[owner] = due + self.gap
             return 0.
 
-# %% ../../nbs/11_tuning.service.ipynb #4c986384
+# %% ../../nbs/11_tuning.service.ipynb #bb0dea67
 _WAITING = 1000  # jobs of all owners that may be pending
 
 class TuningService:
@@ -85,7 +85,7 @@ class TuningService:
         command: Sequence[str]|None = None, # Another worker; see `Supervisor`
     ):                               # Raises `ServerError` if another service is at work there, `CacheError`
         self.home, self.started, self.board = Path(home), time.time(), Board()
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(0o700, parents=True, exist_ok=True)
         self._lock = FileLock(self.home/'service.lock', timeout=0)
         try: self._lock.acquire()
         except Timeout:

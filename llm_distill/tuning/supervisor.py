@@ -51,7 +51,7 @@ def read_reports(
         taken += len(line)
     return reports, None, taken
 
-# %% ../../nbs/11_tuning.supervisor.ipynb #e61d8847
+# %% ../../nbs/11_tuning.supervisor.ipynb #3bdde143
 _COMMAND = sys.executable, '-m', 'llm_distill.tuning.worker'
 _STARTS = 20.  # seconds that a process may take until it holds its lock
 
@@ -106,14 +106,15 @@ class Worker:
         with suppress(OSError):
             log = (self.folder/'result'/'training_log.txt').read_bytes()[-4096:].decode(errors='replace').split('\n')
             last = next((line.strip() for line in reversed(log) if line.strip()), '')
-            return f'its process ended, {how}; the last line of its log: {last[:300]}'
+            if last: return f'its process ended, {how}; the last line of its log: {last[:300]}'
         return f'its process ended, {how}'
 
-# %% ../../nbs/11_tuning.supervisor.ipynb #e44f459d
+# %% ../../nbs/11_tuning.supervisor.ipynb #a13510ff
 _TICK = .2      # seconds between two looks
 _LAST_WORDS = 10. # seconds that a process may live on after it said how it ended
 _RESTARTS = 3
 _ANOTHER = 3    # exit code of a worker that found another one at work
+_MUTE = 4       # and of one that could not write its last report
 _log = logging.getLogger(__name__)
 
 def gpus() -> list[str]: # As CUDA_VISIBLE_DEVICES names them; asked without loading torch
@@ -165,7 +166,7 @@ class _Starting:
         worker.slot = len(self.workers)
         return worker
 
-# %% ../../nbs/11_tuning.supervisor.ipynb #702ea90d
+# %% ../../nbs/11_tuning.supervisor.ipynb #55afd3af
 _FULL = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
 class _Ending:
@@ -182,6 +183,8 @@ class _Ending:
     def _settle(self, job: Tuning, worker: Worker, end: dict|None, taken: int) -> None:
         if end: return self._as_told(job, end, taken)
         if worker.process and worker.process.returncode == _ANOTHER: self.workers.pop(job.id); self._adopt(job); return
+        if worker.process and worker.process.returncode == _MUTE:
+            return self._fail(job, 'disk_full', 'no room on the disk of the service, not even to say so')
         if (worker.folder/'stop').exists(): return self._end(job, 'cancelled', 'cancelled; its process was ended')
         nobody = worker.process is None and not worker.began  # a supervisor died between the word and the deed
         if (job.resume or nobody) and job.restarts < _RESTARTS: return self._again(job, worker)

@@ -91,7 +91,7 @@ class Reporter:
         if self._file is not None: os.close(self._file)
         self._file = None
 
-# %% ../../nbs/11_tuning.telling.ipynb #06aef097
+# %% ../../nbs/11_tuning.telling.ipynb #5fa861d9
 _NO_ROOM = re.compile(rf'os error ({ENOSPC}|{EDQUOT}|{EFBIG})\b|\[Errno ({ENOSPC}|{EDQUOT}|{EFBIG})\]|inline_container|'
                       r'PytorchStreamWriter|iostream error')
 
@@ -117,7 +117,9 @@ def job_error(
     told = str(e).partition('Traceback (most recent call last)')[0].strip()[:2000]
     param = next((name for path, name in (places or {}).items() if path in told), None)
     if any(map(_is_full_disk, _chain(e))):
-        return {'code': 'disk_full', 'message': f'no room on the disk of the service: {told}', 'param': None}
+        told = '' if 'inline_container' in told else f' ({told})'  # torch names a place in its own code
+        return {'code': 'disk_full', 'message': 'no room on the disk; remove what is not needed, then start the job '
+                f'again{told}', 'param': None}
     if any(map(_is_out_of_memory, _chain(e))):
         return {'code': 'out_of_memory', 'message': told or 'memory is used up', 'param': None}
     if isinstance(e, BadInput|NoSuchModel|CacheError): return {'code': 'bad_input', 'message': told, 'param': param}

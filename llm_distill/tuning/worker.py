@@ -28,29 +28,25 @@ from .forms import TuningRequest
 from .telling import Reporter, finite, job_error
 from ..types import BadInput
 
-# %% ../../nbs/11_tuning.worker.ipynb #0a3e038d
+# %% ../../nbs/11_tuning.worker.ipynb #d5c03e87
 _OTHER_NAMES = {'n_epochs': 'num_train_epochs', 'batch_size': 'per_device_train_batch_size'}
-_OF_DISTILLING = 'divergence', 'alpha', 'beta', 'temperature', 'top_k'
 _OF_THE_RECIPE = 'lora_rank', 'keep_every', 'heldout', 'learning_rate_multiplier'
 
 def training_settings(
     request: TuningRequest,
-) -> dict: # Fields of `DistillConfig`; raises `BadInput` for what does not go with method "sft"
+) -> dict: # Fields of `DistillConfig`
     "How the trainer is set up for a job."
     from llm_distill.train import DistillConfig
     asked = request.hyperparameters.model_dump(exclude_none=True)
     often = 'steps' if 'save_steps' in asked else 'epoch'
     settings = {'logging_steps': 1, 'save_total_limit': 2, 'save_strategy': often}
-    if request.method == 'sft':
-        if wrong := [name for name in _OF_DISTILLING if name in asked]:
-            raise BadInput(f'{", ".join(wrong)}: for method "distill" alone; leave out, or take that method')
-        settings |= {'alpha': 0., 'beta': 1., 'top_k': 1}
+    if request.method == 'sft': settings |= {'alpha': 0., 'beta': 1., 'top_k': 1}
     if 'learning_rate_multiplier' in asked:
         settings['learning_rate'] = asked['learning_rate_multiplier']*DistillConfig.learning_rate
     if request.seed is not None: settings['seed'] = request.seed
     return settings | {_OTHER_NAMES.get(k, k): v for k, v in asked.items() if k not in _OF_THE_RECIPE}
 
-# %% ../../nbs/11_tuning.worker.ipynb #747730ae
+# %% ../../nbs/11_tuning.worker.ipynb #a11c194f
 def _told_by_file(answers: list, tell: Reporter) -> dict:
     "Settings for what the answers tell of their teacher; raises `BadInput` if it is nothing."
     rows = [r for a in answers if (r := a.completion.logprobs) is not None and len(r)]
@@ -62,17 +58,15 @@ def _told_by_file(answers: list, tell: Reporter) -> dict:
         tell('message', f'{without}: they are learnt as text', 'warn')
     return {} if any(len(top) for r in rows for top in r.top_tokens) else {'every_span': True}
 
-def _name(place: str|None) -> str|None: # Of a model, as others may read it
-    return None if place is None else Path(place).name if os.path.isabs(place) else place
-
 _HUB_NAMES = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
 
 def _card(job: dict) -> dict:
-    request, base = job['request'], _name(job['model'])
-    training = {'method': request.method} | request.hyperparameters.model_dump(exclude_none=True)
+    request = job['request']
+    base, training = _HUB_NAMES.get(request.model, request.model), {'method': request.method}
+    training |= request.hyperparameters.model_dump(exclude_none=True)
     if request.seed is not None: training['seed'] = request.seed
-    return {'name': request.suffix or str(job['id']), 'base_model': _HUB_NAMES.get(base, base), 'training': training,
-            'teachers': [{'model': _name(job['teacher']), 'kind': 'a model in memory'}] if job.get('teacher') else []}
+    return {'name': request.suffix or str(job['id']), 'base_model': base, 'training': training,
+            'teachers': [{'model': request.teacher, 'kind': 'a model in memory'}] if request.teacher else []}
 
 def _recipe(job: dict, folder: Path, tell: Reporter):
     "What a job asks for, with its data read."
@@ -87,7 +81,7 @@ def _recipe(job: dict, folder: Path, tell: Reporter):
                   resume=last_checkpoint(folder/'checkpoints') is not None, run=folder/'checkpoints',
                   place=folder/'result'/'model')
 
-# %% ../../nbs/11_tuning.worker.ipynb #ee2323ba
+# %% ../../nbs/11_tuning.worker.ipynb #52c0846e
 def _public_settings(config) -> dict:
     def may(name, value):
         if name.endswith(('_token', '_dir', 'run_name', 'hub_model_id')) or name.startswith('_'): return False
@@ -98,13 +92,12 @@ def _training_args(job: dict, config) -> dict:
     import torch
     import transformers
     versions = {m.__name__: str(m.__version__) for m in (llm_distill, torch, transformers)}
-    told = job['request'].model_dump(include={'method', 'suffix', 'seed'})
-    return {'id': job['id'], 'model': _name(job['model']), 'teacher': _name(job.get('teacher')), **told,
-            'device': str(config.choice.device), 'versions': versions,
+    told = job['request'].model_dump(include={'model', 'teacher', 'method', 'suffix', 'seed'})
+    return {'id': job['id'], **told, 'device': str(config.choice.device), 'versions': versions,
             'hyperparameters': job['request'].hyperparameters.model_dump(exclude_none=True),
             'settings': _public_settings(config)}
 
-# %% ../../nbs/11_tuning.worker.ipynb #16b46394
+# %% ../../nbs/11_tuning.worker.ipynb #c150a22d
 class _Stopped(Exception): "Somebody cancelled the job where there is no trainer to be stopped."
 
 class _Job:
@@ -113,11 +106,12 @@ class _Job:
         self.folder, self.tell, self.alone, self.began = folder, tell, alone, time.monotonic()
         self.asked, self.lock, self.trainer = threading.Event(), threading.RLock(), None
         self.over, self.at, self.listener = False, None, None
+        if (folder/'stop').exists(): self.asked.set()
         threading.Thread(target=self._watch, daemon=True, name='stop').start()
 
     def _watch(self):
-        while not self.asked.wait(.2):
-            if (self.folder/'stop').exists(): self.asked.set()
+        while not ((self.folder/'stop').exists() or self.asked.wait(.2)): pass
+        self.asked.set()
         with self.lock:
             if self.over: return
             if self.trainer is not None: self.trainer.stop()
@@ -261,7 +255,7 @@ def _read_job(folder: Path) -> dict:
         raise BadInput(f'job.json does not say {", ".join(missing)}')
     return told | {'request': read_body(TuningRequest, told['request'])}
 
-# %% ../../nbs/11_tuning.worker.ipynb #8fdc7e6f
+# %% ../../nbs/11_tuning.worker.ipynb #208c2213
 def run_job(
     folder: str|Path,    # Of the job
     alone: bool = False, # This process is there for the job: it may be ended, and hears SIGTERM
@@ -288,7 +282,7 @@ def _run(job: _Job, alone: bool) -> int:
         told = _read_job(job.folder)
         places |= {path: name for name in ('training_file', 'validation_file', 'model', 'teacher')
                    if (path := told.get(name)) and os.path.isabs(path)}
-        job.tell.words |= {path: Path(path).name for path in places}
+        job.tell.words |= {path: getattr(told['request'], name) or name for path, name in places.items()}
         if alone and all(os.path.isabs(told[n]) or told[n] == 'smollm2' for n in ('model', 'teacher') if told.get(n)):
             os.environ['HF_HUB_OFFLINE'] = '1'  # read when transformers is imported, which comes later
         return _follow(job, told)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 BATCH, LENGTH, TOP, WARM = 4, 256, 20, 2
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {'ours': 'llm_distill', 'ours_sft': 'llm_distill', 'trainer_ce': 'transformers', 'trl_sft': 'trl',
-            'trl_gkd': 'trl', 'trl_gold': 'trl'}
+PACKAGES = {'ours': 'llm_distill', 'ours_ckpt': 'llm_distill', 'ours_sft': 'llm_distill', 'trainer_ce': 'transformers',
+            'trl_sft': 'trl', 'trl_gkd': 'trl', 'trl_gold': 'trl'}
 # What a row sets; "default" sets nothing: TRL's trainers then take bf16 and gradient checkpointing, Trainer float32
 DTYPES = {'float32': {'bf16': False, 'gradient_checkpointing': False},
           'bf16': {'bf16': True, 'gradient_checkpointing': False}, 'default': {}}
@@ -125,9 +125,13 @@ def settings(job) -> dict:
 def make_ours(job, student, rows=None, **config):
     from llm_distill.train import DistillConfig, DistillTrainer
     more = {'precision': job['dtype']} if job['dtype'] in ('float32', 'bf16') else {}
-    args = DistillConfig(**settings(job), **more, **config)
+    args = DistillConfig(**settings(job) | more | config)
     return DistillTrainer(load(student, job['device']), args, rows or targets(job),
                           load_tokenizer(student))
+
+
+def make_ours_ckpt(job, student): # Activations are computed a second time in place of being kept
+    return make_ours(job, student, gradient_checkpointing=True)
 
 
 def make_ours_sft(job, student):
@@ -283,7 +287,9 @@ def ratios(results) -> dict:
     found = {f'vs_{peer}': speed('ours', peer) for peer in PACKAGES if not peer.startswith('ours')}
     return {**found, 'kd_vs_own_sft': ratio(results, 'seconds_per_step', 'ours', 'ours_sft'),
             'memory_vs_trl_gkd': ratio(results, 'above_model_mb', 'ours', 'trl_gkd'),
-            'working_memory_vs_trl_gkd': ratio(results, 'working_mb', 'ours', 'trl_gkd')}
+            'working_memory_vs_trl_gkd': ratio(results, 'working_mb', 'ours', 'trl_gkd'),
+            'ckpt_working_memory_vs_trl_gkd': ratio(results, 'working_mb', 'ours_ckpt', 'trl_gkd'),
+            'ckpt_speed_vs_ours': ratio(results, 'tokens_per_s', 'ours_ckpt', 'ours')}
 
 
 def rounded(found):
