@@ -56,7 +56,7 @@ def worst(
     def badness(r): return r['kl']/r['soft'] if r['soft'] else r['nll']/max(r['tokens'], 1)
     return sorted(rows, key=badness, reverse=True)[:n]
 
-# %% ../../nbs/13_panels.evaluate.ipynb #b8cc90de
+# %% ../../nbs/13_panels.evaluate.ipynb #7630b71a
 class _Blind:
     "The part of the panel that asks you."
     def blind_parts(self) -> list:
@@ -151,7 +151,7 @@ class EvaluatePanel(_Blind, Panel):
     def results(self) -> list:
         self.table = W.HTML(nothing('Scores, topics and examples appear here.'))
         self.topics, self.worst, self.positions, self.reliability = W.HTML(), W.HTML(), Chart(), Chart()
-        self.reliability.widget.add_class('ld-half')
+        self.reliability.widget.layout.max_width = '28rem'  # it is as high as it is wide
         return [self.table, self.topics, self.positions.widget, self.reliability.widget, *self.blind_parts(),
                 self.worst]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import ipywidgets as W
 
-# %% ../../nbs/13_panels.look.ipynb #f13b12f2
+# %% ../../nbs/13_panels.look.ipynb #bc93e764
 CSS = '''<style>
 .ld-panel{max-width:60rem;padding:.25rem .75rem .75rem;overflow:visible;color:var(--jp-ui-font-color1,inherit)}
 .ld-panel .widget-html,.ld-panel .widget-html-content{height:auto;margin:0;font-size:13px;line-height:1.5;
@@ -64,7 +64,6 @@ font-variant-numeric:tabular-nums}
 white-space:pre-wrap;overflow-wrap:anywhere;color:inherit;margin:.2rem 0}
 .ld-code textarea{font-family:var(--jp-code-font-family,monospace);font-size:12px!important;opacity:1;white-space:pre}
 .ld-panel .widget-image{border-radius:6px;width:100%;max-width:56rem;height:auto;margin:.3rem 0}
-.ld-panel .ld-half{max-width:28rem}
 .ld-card,.ld-facts{margin-top:.35rem}.ld-table td:first-child{min-width:7rem}
 .ld-panel .progress{height:8px}.ld-panel .widget-hprogress{height:14px}
 .ld-panel .widget-tab>.p-TabBar .p-TabBar-tab,.ld-panel .widget-tab>.lm-TabBar .lm-TabBar-tab{flex:0 1 auto;min-width:0}
