@@ -99,6 +99,7 @@ def idle(server) -> bool:
 
 # -- a crowd -----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_fifty_clients_of_all_kinds(folder):
     report = run_load(str(folder), clients=50, seconds=15)
     show(report)

@@ -3,9 +3,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_python_runs_as_written(tmp_path):
     code, = re.findall(r'```python\n(.+?)```', (ROOT/'README.md').read_text(encoding='utf-8'), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 11

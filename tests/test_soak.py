@@ -84,6 +84,7 @@ def test_stray_refusals_of_a_provider_that_tells_no_limits(tmp_path):
     assert len(found) > 300, f'{len(found)} answers in 12 s: {t.rate}'
 
 
+@pytest.mark.slow
 def test_two_thousand_prompts(tmp_path): soak(2000, tmp_path)
 
 

@@ -271,7 +271,7 @@ def test_a_retried_create_makes_one_job(service, file):
 def test_a_killed_service_finds_its_jobs_again(root, tmp_path):
     with running(root, tmp_path/'home', max_jobs=1) as service:
         file = service.upload()
-        first, second = service.create(file, max_steps=150), service.create(file, max_steps=3)
+        first, second = service.create(file, max_steps=400), service.create(file, max_steps=3)
         service.until(first, lambda j: j['progress']['step'] >= 3)
         pid = service.worker(first)
         service.kill()
@@ -280,7 +280,7 @@ def test_a_killed_service_finds_its_jobs_again(root, tmp_path):
         assert service.worker(first) == pid and service.job(first)['status'] == 'running'
         assert service.ended(first)['restarts'] == 0
         steps = [e['data']['step'] for e in service.events(first) if e['type'] == 'progress']
-        assert steps == sorted(set(steps)) and steps[-1] == 150
+        assert steps == sorted(set(steps)) and steps[-1] == 400
         reported = (service.home/'jobs'/first/'events.jsonl').read_text().splitlines()
         assert len(service.events(first)) == 2 + len(reported)  # created, started; "succeeded" stands for "end"
         assert service.ended(second)['metrics']['steps'] == 3
