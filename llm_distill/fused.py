@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .losses import LOWEST, SplitRows, forward_kl, put_in_rows, teacher_outcomes, tempered, topk_tail_kl
 
-# %% ../nbs/06a_fused.ipynb #0d1d9831
+# %% ../nbs/06a_fused.ipynb #6be901aa
 class Head(NamedTuple):
     "What makes logits of the last hidden state."
     weight: torch.Tensor              # (V, H)
@@ -23,10 +23,9 @@ class Head(NamedTuple):
     scale: float = 1.                 # The logits are multiplied by this (Cohere, Granite),
     softcap: float|None = None        # and then softly kept within +-softcap (Gemma 2)
 
-    def product(self, hidden: torch.Tensor) -> torch.Tensor: # (N, V), as `hidden` is, or float32
-        "The logits, as they are cheapest."
-        plain = self.bias is None and self.scale == 1 and self.softcap is None
-        return hidden @ self.weight.to(hidden.dtype).T if plain else self.logits(hidden)
+    @property
+    def plain(self) -> bool: # Whether the logits are the product with the weight, and nothing else
+        return self.bias is None and self.scale == 1 and self.softcap is None
 
     def logits(
         self, hidden: torch.Tensor, # (N, H)
@@ -145,15 +144,17 @@ class Text:
         w = w_ce[:, None]
         return torch.zeros_like(ce), ce, put_in_rows(_exp_times(z, whole, w), labels, -w, add=True)
 
-# %% ../nbs/06a_fused.ipynb #d1d32526
+# %% ../nbs/06a_fused.ipynb #25028cf8
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
+    # what stays is made before what goes, which then leaves one hole, large enough for the gradient of tied embeddings
+    grad_weight = torch.empty(weight.shape, device=weight.device) if weight.requires_grad else None
     near = head._replace(weight=weight.to(hidden.dtype))          # one rounding for all terms
     grad_hidden, parts = torch.empty_like(hidden), []
-    grad_weight = None
+    room = hidden.new_empty(min(chunk, len(hidden)), len(weight)) if head.plain else None  # one for all chunks
     grad_bias = None if bias is None else torch.zeros(bias.shape, device=bias.device)
     for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-        z = near.product(hidden[rows])
+        z = near.logits(hidden[rows]) if room is None else torch.mm(hidden[rows], near.weight.T, out=room[:len(rows)])
         kept = z.clone() if head.softcap else None                 # its slope is needed again
         *part, grad = target.step(z, rows, labels[rows, None], w_div[rows], w_ce[rows], *how, True)
         parts.append(part)
@@ -161,7 +162,7 @@ def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, ho
         if grad_bias is not None: grad_bias += grad.sum(0)
         grad = grad.to(hidden.dtype)
         grad_hidden[rows] = grad @ near.weight
-        if weight.requires_grad: grad_weight = _plus_product(grad_weight, grad, hidden[rows])
+        if weight.requires_grad: _add_product(grad_weight, grad, hidden[rows], first=not rows[0])
         del z, kept, grad                                          # or the next chunk's logits would stand beside them
     as_they_are = (None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
     return [torch.cat(x) for x in zip(*parts)], grad_hidden, *as_they_are
@@ -179,13 +180,10 @@ class _Fused(torch.autograd.Function):
         as_it_is = grad.device.type == 'cpu' and grad.item() == 1  # the head's gradient is large
         return *(g if g is None or as_it_is else g*grad for g in ctx.saved_tensors), *[None]*7
 
-def _plus_product(total, grad, hidden): # (V, H) + (n, V)^T (n, H), summed in float32
-    first = total is None
-    if first: total = torch.empty(grad.shape[1], hidden.shape[1], device=hidden.device)
-    if grad.dtype == total.dtype: return torch.mm(grad.T, hidden, out=total) if first else total.addmm_(grad.T, hidden)
+def _add_product(total, grad, hidden, first): # (V, H) += (n, V)^T (n, H), summed in float32
+    if grad.dtype == total.dtype: return total.addmm_(grad.T, hidden, beta=0 if first else 1)
     for block, g in zip(total.split(_COLUMNS), grad.split(_COLUMNS, 1)):  # or all of it would be there twice
         block.copy_(g.T @ hidden) if first else block.add_(g.T @ hidden)
-    return total
 
 # %% ../nbs/06a_fused.ipynb #2bb77ecd
 def fused_loss(

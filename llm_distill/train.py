@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'EventCallback', 'SampleCallback', 'DistillTrainer']
 
-# %% ../nbs/08_train.ipynb #cdd282be
+# %% ../nbs/08_train.ipynb #0cb9f87d
 import os
 import random
 import signal
@@ -24,6 +24,7 @@ from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .activations import kept_short
 from .device import choose, kept_memory
 from .fused import head_of
 from .models import encode_chat, last_hidden, no_progress_bars
@@ -149,7 +150,7 @@ class _Teaching:
         rows = None if self.reads else score_rows(self.teacher, self.processing_class, prompts, said, self.args.top_k)
         return self.data_collator(as_examples(prompts, said, rows)) if any(said) else batch
 
-# %% ../nbs/08_train.ipynb #8164401c
+# %% ../nbs/08_train.ipynb #328ffd5a
 class _Stopper(TrainerCallback):
     "Ends training after a step, with a checkpoint."
     def __init__(self, trainer): self.trainer = trainer
@@ -186,7 +187,10 @@ class _Running:
         "From any thread: end after the step that is being taken, with a checkpoint."
         self.stopping = True
 
-    def _memory(self): return kept_memory() if self.args.choice.device == 'cpu' else nullcontext()
+    @contextmanager
+    def _memory(self): # No more than is needed, and that is kept between steps
+        kept = kept_memory if self.args.choice.device == 'cpu' else nullcontext
+        with kept_short(self.accelerator.unwrap_model(self.model)), kept(): yield
 
     def train(self, *args, **kwargs):
         "As `Trainer.train`; leaves a student that computes in its own precision, ready to be judged."
@@ -225,7 +229,7 @@ class _Sharding:
         self.accelerator.wait_for_everyone()
         return load_student(folder, device=self.args.choice.device)
 
-# %% ../nbs/08_train.ipynb #6f70247a
+# %% ../nbs/08_train.ipynb #b14649bc
 class DistillTrainer(_Teaching, _Running, _Sharding, Trainer):
     "`transformers.Trainer` that learns from a teacher's answers."
     loss_is_scaled_for_ga = True
@@ -318,7 +322,8 @@ class DistillTrainer(_Teaching, _Running, _Sharding, Trainer):
         if 'loss' in logs and self._parts:
             part, now = self._of_all(), time.perf_counter()
             logs['tok/s'] = part['tokens']/(now - self._since)
-            logs |= {name: part[name]/part[name + ' weight'] for name in ('kl', 'alm', 'ce') if part[name + ' weight']}
+            known = ('kl', 'alm', 'ce') if self.args.alpha else ('ce',)  # without alpha no divergence is computed
+            logs |= {name: part[name]/part[name + ' weight'] for name in known if part[name + ' weight']}
             logs['taught'] = round(part['ce weight'])  # tokens since the last time
             point = {k: logs[k] for k in ('loss', 'kl', 'alm', 'ce', 'learning_rate') if k in logs}
             self.curve.append({'step': self.state.global_step, **point})
