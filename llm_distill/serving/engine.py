@@ -77,7 +77,7 @@ def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
-# %% ../../nbs/10_serving.engine.ipynb #a9d6d7e2
+# %% ../../nbs/10_serving.engine.ipynb #311792cb
 @contextmanager
 def _traced(file: str|None): # To be called after each turn
     if file is None: yield lambda: None; return
@@ -116,7 +116,8 @@ class _Work:
             if job.cancelled: self._leave(slot); self.stats.cancelled += 1
         self._admit()
         self._read()
-        if writing := {slot: job for slot, job in self._at.items() if job.said}: self._write(writing)
+        writing = {slot: job for slot in sorted(self._at) if (job := self._at[slot]).said}  # ascends
+        if writing: self._write(writing)
 
     def _read(self):
         room = self.budget

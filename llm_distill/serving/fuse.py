@@ -5,26 +5,20 @@
 # %% auto #0
 __all__ = ['replace_modules', 'Packed', 'fuse']
 
-# %% ../../nbs/10_serving.fuse.ipynb #1364f682
+# %% ../../nbs/10_serving.fuse.ipynb #ac27ca5f
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..device import cpu_flags
+from .layers import alike, fuse_layers, side_by_side
 
-# %% ../../nbs/10_serving.fuse.ipynb #4efb39ff
-def _side_by_side(parts: list[nn.Linear]) -> nn.Linear:
-    biased, sizes = parts[0].bias is not None, [p.out_features for p in parts]
-    with torch.device('meta'): out = nn.Linear(parts[0].in_features, sum(sizes), biased)
-    out.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
-    if biased: out.bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
-    return out
-
+# %% ../../nbs/10_serving.fuse.ipynb #84605990
 class _Joined(nn.Module):
     "Several projections in one; gives the first one's part."
     def __init__(self, parts: list[nn.Linear]):
         super().__init__()
-        self.linear, self.sizes, self.asked = _side_by_side(parts), [p.out_features for p in parts], (None, ())
+        self.linear, self.sizes, self.asked = side_by_side(parts), [p.out_features for p in parts], (None, ())
 
     def forward(self, x):
         first, *rest = self.linear(x).split(self.sizes, -1)
@@ -46,14 +40,24 @@ class _Norm(nn.Module):
     def __init__(self, weight, eps): super().__init__(); self.weight, self.eps = weight, eps
     def forward(self, x): return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-# %% ../../nbs/10_serving.fuse.ipynb #e67bae96
+class _CpuNorm(nn.Module):
+    "The same in five operations, where torch's own is made of ten."
+    def __init__(self, weight, eps):
+        super().__init__()
+        self.weight, self.wide, self.eps = weight, weight.detach().float(), torch.tensor(float(eps))
+
+    def forward(self, x):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self.eps, size, size, value=1/len(self.wide)).rsqrt_()
+        return (x*scale).mul_(self.wide).to(x.dtype)
+
+# %% ../../nbs/10_serving.fuse.ipynb #b2c8f164
 _TOGETHER = ('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj')
 
 def _join(module: nn.Module) -> None: # Projections that read the same
     for names in _TOGETHER:
         parts = [getattr(module, n, None) for n in names]
-        if any(type(p) is not nn.Linear for p in parts): continue  # quantised, adapted, or not there
-        if len({(p.in_features, p.bias is None, p.weight.dtype) for p in parts}) > 1: continue
+        if not alike(parts): continue
         joined = _Joined(parts)
         setattr(module, names[0], joined)
         for i, name in enumerate(names[1:]): setattr(module, name, _Part(joined, i))
@@ -61,8 +65,11 @@ def _join(module: nn.Module) -> None: # Projections that read the same
 def _norm(module: nn.Module) -> nn.Module|None:
     eps = getattr(module, 'variance_epsilon', getattr(module, 'eps', None))
     if not type(module).__name__.endswith('RMSNorm') or eps is None: return None
-    made, x = _Norm(module.weight, eps), torch.randn(4, len(module.weight)).to(module.weight)
-    return made if torch.allclose(made(x), module(x), rtol=1e-2 if x.dtype != torch.float32 else 1e-5) else None
+    kind = _CpuNorm if module.weight.device.type == 'cpu' else _Norm
+    made, x = kind(module.weight, eps), torch.randn(32, len(module.weight)).to(module.weight)
+    y, rtol = made(x), 1e-2 if x.dtype != torch.float32 else 1e-5
+    same = torch.allclose(y, module(x), rtol=rtol) and torch.equal(y[:1], made(x[:1]))  # also alone
+    return made if same else None
 
 def replace_modules(
     model: nn.Module, # Changed in place
@@ -74,7 +81,7 @@ def replace_modules(
             made = make(child)
             if made is not None: setattr(module, name, made)
 
-# %% ../../nbs/10_serving.fuse.ipynb #8b068896
+# %% ../../nbs/10_serving.fuse.ipynb #50550d59
 class Packed(nn.Module):
     "A linear layer whose weight lies in the order in which this CPU reads it."
     def __init__(self, linear: nn.Linear):
@@ -85,22 +92,31 @@ class Packed(nn.Module):
 
     def forward(self, x): return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
+    def plus(
+        self, x: torch.Tensor, # (..., in_features)
+        rest: torch.Tensor,    # (..., out_features)
+    ) -> torch.Tensor:
+        "The product and what is added to it, rounded once."
+        return torch.ops.mkldnn._linear_pointwise.binary(x, rest, self.packed, self.bias, 'add')
+
 def _packed(module: nn.Module) -> Packed|None:
     if type(module) is not nn.Linear or module.weight.device.type != 'cpu': return
     if module.weight.dtype != torch.bfloat16: return
-    try: made = Packed(module)
+    x, rest = (torch.randn(3, n).to(torch.bfloat16) for n in (module.in_features, module.out_features))
+    try: made, slow = Packed(module), module(x)
     except (RuntimeError, AttributeError): return  # a torch without oneDNN
-    x = torch.randn(3, module.in_features).to(torch.bfloat16)
-    return made if torch.allclose(made(x), module(x), rtol=.02, atol=.02*module.weight.float().std().item()) else None
+    pairs = (made(x), slow), (made.plus(x, rest), slow + rest)
+    return made if all(torch.allclose(*pair, rtol=.02, atol=.02*slow.float().std().item()) for pair in pairs) else None
 
-# %% ../../nbs/10_serving.fuse.ipynb #8b749a0d
+# %% ../../nbs/10_serving.fuse.ipynb #1c483a5b
 @torch.no_grad()
 def fuse(
     model,             # A causal LM; changed in place, and no longer to be trained or saved
     packed: bool = True, # Weights too, where the CPU has units for bfloat16
 ):                     # `model`
-    "Join projections and norms, and pack weights."
+    "Layers in few operations, projections and norms joined, and weights packed."
     replace_modules(model, _norm)
+    fuse_layers(model)
     for module in list(model.modules()): _join(module)
     if packed and cpu_flags() & {'avx512_bf16', 'amx_bf16'}: replace_modules(model, _packed)
     return model

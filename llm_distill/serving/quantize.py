@@ -12,7 +12,7 @@ from torch import nn
 from .fuse import replace_modules
 from ..types import BadInput, missing_package
 
-# %% ../../nbs/10_serving.quantize.ipynb #6b442b7c
+# %% ../../nbs/10_serving.quantize.ipynb #6c1b342b
 class Int8Linear(nn.Module):
     "A linear layer with weights and inputs in 8 bits, on a CPU."
     def __init__(self, linear: nn.Linear):
@@ -23,14 +23,25 @@ class Int8Linear(nn.Module):
         self.packed, self.scale = torch.ops.onednn.qlinear_prepack(whole, None), scale
         self.zeros, self.bias = torch.zeros(len(scale), dtype=torch.int32), linear.bias
 
+    def _whole(self, x): # The product in units of the rows' scales, float32, and these
+        r = x.abs().amax(-1, keepdim=True).float().clamp_min_(1e-12).mul_(1/127)
+        rows = (x/r).round_().to(torch.int8).view(-1, self.in_features)  # more dimensions take a slower way
+        y = torch.ops.onednn.qlinear_pointwise(rows, 1., 0, self.packed, self.scale, self.zeros, None, 1., 0,
+                                               torch.float32, 'none', [], '')
+        return y.view(*x.shape[:-1], -1), r
+
     def forward(self, x): # (..., in_features) to (..., out_features)
-        rows = x.float().view(-1, self.in_features)  # more dimensions take a slower way
-        r = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-12).mul_(1/127)
-        whole = (rows/r).round_().to(torch.int8)
-        y = torch.ops.onednn.qlinear_pointwise(whole, 1., 0, self.packed, self.scale, self.zeros, None, 1., 0,
-                                               torch.float32, 'none', [], '').mul_(r)
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        y, r = self._whole(x)
+        y = y.mul_(r).to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+    def plus(
+        self, x: torch.Tensor, # (..., in_features)
+        rest: torch.Tensor,    # (..., out_features)
+    ) -> torch.Tensor:
+        "The product and what is added to it, rounded once."
+        y, r = self._whole(x)
+        return torch.addcmul(rest if self.bias is None else rest + self.bias, y, r).to(x.dtype)
 
 # %% ../../nbs/10_serving.quantize.ipynb #f444e7c0
 def quantize_for_cpu(

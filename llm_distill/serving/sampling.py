@@ -75,7 +75,7 @@ def penalise(
         if some: does(flat, width, some)
     return logits
 
-# %% ../../nbs/10_serving.sampling.ipynb #0301e0be
+# %% ../../nbs/10_serving.sampling.ipynb #d84cb712
 _HEAD = 256  # of the likeliest tokens are sorted first
 
 def _sorted(p: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,22 +103,24 @@ def _cut_draw(p, top_k, top_p, min_p, uniform) -> torch.Tensor: # (N,)
 
 def _drawn(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor: # (N, 1) places
     total = p.cumsum(-1)
-    last = (total < total[:, -1:]).sum(-1, keepdim=True)  # behind it there is nothing, whatever rounding says
+    last = torch.searchsorted(total, total[:, -1:].clone())  # behind it there is nothing, whatever rounding says
     return torch.minimum(torch.searchsorted(total, uniform*total[:, -1:], right=True), last)
 
 def pick(
     logits: torch.Tensor,           # (N, V), float32, after `penalise`
     samplings: Sequence[Sampling],  # One for each row
     uniform: torch.Tensor,          # (N, 1) random numbers, 0 to below 1
+    best: torch.Tensor|None = None, # (N,) the likeliest, if that is known
 ) -> torch.Tensor:                  # (N,) token ids
     "The next token of each row."
-    chosen = logits.argmax(-1)
+    chosen = logits.max(-1).indices if best is None else best.clone()  # argmax takes three times as long on a CPU
     def column(name, rows): return torch.tensor([[getattr(samplings[i], name)] for i in rows], device=logits.device)
     cut = [i for i, s in enumerate(samplings) if s.temperature > 0 and (s.top_k or s.top_p < 1 or s.min_p)]
     free = [i for i, s in enumerate(samplings) if s.temperature > 0 and i not in set(cut)]
     for rows in (cut, free):
         if not rows: continue
-        p = (logits[rows]/column('temperature', rows).clamp_min(1e-4)).softmax(-1)
+        some = logits if len(rows) == len(logits) else logits[rows]
+        p = (some/column('temperature', rows).clamp_min(1e-4)).softmax(-1)
         if rows is cut:
             chosen[rows] = _cut_draw(p, *(column(n, rows) for n in ('top_k', 'top_p', 'min_p')), uniform[rows])
         else: chosen[rows] = _drawn(p, uniform[rows])[:, 0]

@@ -43,7 +43,7 @@ def kind_of(
     return (architecture or ('encoder-decoder' if both else 'decoder'),
             task or ('transcribe' if both and config.model_type in SPEECH else 'chat'))
 
-# %% ../../nbs/10_serving.seq2seq.ipynb #29f24901
+# %% ../../nbs/10_serving.seq2seq.ipynb #b8c5cafc
 def rules_of(
     config,          # A `GenerationConfig`
     ends: list[int], # End tokens
@@ -78,7 +78,7 @@ class Voice(Words):
         finally:
             for job, sampling in begun: job.sampling = sampling
 
-    def _adjust(self, jobs: list[Job], logits: torch.Tensor):
+    def _adjust(self, jobs: list[Job], logits: torch.Tensor) -> bool:
         # What is penalised for repeating is what was written, the start included; the prompt is another half's business
         samplings = [self._ruled(j.sampling) for j in jobs]
         if any(not s.plain for s in samplings):
@@ -86,6 +86,7 @@ class Voice(Words):
         for i, job in enumerate(jobs):
             for rule in [*self.rules, *self._against(job)]:
                 logits[i:i + 1] = rule(torch.tensor([[self.start, *job.said]]), logits[i:i + 1])
+        return True
 
     def _ruled(self, sampling: Sampling) -> Sampling:
         if self.penalty == 1 or sampling.repetition_penalty != 1: return sampling

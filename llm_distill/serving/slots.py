@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'grouped_attention', 'bytes_per_token', 'row_counts', 'pieces_together', 'SlotModel']
 
-# %% ../../nbs/10_serving.slots.ipynb #867bbae5
+# %% ../../nbs/10_serving.slots.ipynb #cb1961c3
 import math
 import mmap
 from contextlib import suppress
+from itertools import product
 
 import torch
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..types import BadInput, ServerError
 
-# %% ../../nbs/10_serving.slots.ipynb #4bebaa03
+# %% ../../nbs/10_serving.slots.ipynb #634c82a6
 ATTENTION = 'llm_distill_slots'
 
 def grouped_attention(
@@ -26,7 +27,7 @@ def grouped_attention(
     query: torch.Tensor,   # (B, Hq, T, D)
     key: torch.Tensor,     # (B, Hk, W, D)
     value: torch.Tensor,   # (B, Hk, W, D)
-    attention_mask: torch.Tensor|None, # (B or 1, 1, T, W), true where attended to; None: causal
+    attention_mask: torch.Tensor|None, # (B or 1, 1, T, W), true or 0 where attended to; None: causal
     scaling: float|None = None,
     **more,                # Of the layer
 ) -> tuple[torch.Tensor, None]: # (B, T, Hq, D)
@@ -45,15 +46,16 @@ def grouped_attention(
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../../nbs/10_serving.slots.ipynb #1c6a2752
+# %% ../../nbs/10_serving.slots.ipynb #e788c334
 class _Places:
     "What the layers share: who is written where."
     def __init__(self, slots: int, capacity: int, device):
         self.slots, self.capacity = slots, capacity
         self.filling = []  # (slot, first place, end) of prompts that are being read
         self.position = torch.zeros(slots, dtype=torch.long, device=device) # where each slot writes next
-        self.rows = torch.arange(slots, device=device)
-        self.part, self.width = slice(0, slots), 0  # which slots a step computes, and how far it looks
+        self.begin = torch.arange(0, slots*capacity, capacity, device=device)
+        self.width = 0  # how far is looked
+        self.first, self.now = 0, None  # the first slot of a step, and where it writes, (rows,)
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     "On a CPU what nobody has written to takes no memory; by small pages, as each text begins far from the next."
@@ -63,7 +65,7 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 class _SlotLayer(CacheLayerMixin):
-    "Keys and values of one layer, (slots, heads, capacity, head_dim)."
+    "Keys and values of one layer, (slots, heads, capacity, head_dim); all heads of a place lie together."
     def __init__(self, places: _Places): super().__init__(); self.places, self.is_initialized = places, True
     def lazy_initialization(self, *_): pass
     def get_mask_sizes(self, query_length): return self.places.width, 0
@@ -74,11 +76,15 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, keys, values, *args, **kwargs):
         p = self.places
         if self.keys is None:
-            self.keys, self.values = (_zeros((p.slots, x.shape[1], p.capacity, x.shape[3]), x) for x in (keys, values))
+            self.flat = [_zeros((p.slots*p.capacity, x.shape[1]*x.shape[3]), x) for x in (keys, values)]
+            self.keys, self.values = (flat.view(p.slots, p.capacity, *x.shape[1::2]).transpose(1, 2)
+                                      for flat, x in zip(self.flat, (keys, values)))
         if p.filling: return self._fill(keys, values)
-        rows, at = (x[p.part].to(self.keys.device) for x in (p.rows, p.position))  # layers may be on several devices
-        self.keys[rows, :, at], self.values[rows, :, at] = keys[:, :, 0], values[:, :, 0]
-        return self.keys[p.part, :, :p.width], self.values[p.part, :, :p.width]
+        now, flat = p.now.to(keys.device), self.flat  # layers may be on several devices
+        if torch.compiler.is_compiling():  # it takes no two views of what it writes to
+            flat = [x.transpose(1, 2).view(p.slots*p.capacity, -1) for x in (self.keys, self.values)]
+        for rows, x in zip(flat, (keys, values)): rows.index_copy_(0, now, x.transpose(1, 2).flatten(1))
+        return tuple(x[p.first:p.first + len(now), :, :p.width] for x in (self.keys, self.values))
 
     def _fill(self, keys, values): # Only the ends of the rows are of the prompts
         slots = [slot for slot, *_ in self.places.filling]
@@ -94,17 +100,21 @@ def bytes_per_token(config, dtype: torch.dtype) -> int:
     size = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
     return 2*config.num_hidden_layers*heads*size*dtype.itemsize
 
-# %% ../../nbs/10_serving.slots.ipynb #07d9a254
+# %% ../../nbs/10_serving.slots.ipynb #ef96fe0c
 _MOST = 32  # rows of a step; with more, a step takes twice as long anyway
 
 def _products(model) -> list[torch.nn.Module]: # One of each shape
     return [*{(m.in_features, m.out_features): m for m in model.modules() if hasattr(m, 'in_features')}.values()]
 
 def _agree(model, product: torch.nn.Module, rows: int, most: int) -> bool:
-    "Whether `most` rows come out together as they do by groups of `rows`."
+    "Whether `most` rows come out together as they do by groups of `rows`, also when they are added to others."
     like = model.get_input_embeddings().weight
     x = torch.randn(most, product.in_features, generator=torch.Generator().manual_seed(0)).to(like)
-    return torch.equal(torch.cat([product(part) for part in x.split(rows)]), product(x))
+    y = product(x)
+    if not torch.equal(torch.cat([product(part) for part in x.split(rows)]), y): return False
+    if not hasattr(type(product), 'plus'): return True
+    parts = [product.plus(*both) for both in zip(x.split(rows), y.split(rows))]
+    return torch.equal(torch.cat(parts), product.plus(x, y))
 
 @torch.no_grad()
 def row_counts(
@@ -128,11 +138,12 @@ def pieces_together(
         return all(_agree(model, m, length, n*length) for m in inner) and _agree(model, head, 1, n)
     return [n for n in (1, 2, 4) if n*length <= 256 and agree(n)]
 
-# %% ../../nbs/10_serving.slots.ipynb #73841030
+# %% ../../nbs/10_serving.slots.ipynb #63116f14
 def _compiled(model, mode: str, static: bool):
     if mode not in torch._inductor.list_mode_options():
         raise BadInput(f'torch_compile is one of {", ".join(torch._inductor.list_mode_options())}, not {mode!r}')
-    return torch.compile(model, mode=None if mode == 'default' else mode, dynamic=not static)
+    options = torch._inductor.list_mode_options(mode) | {'freezing': True}  # the weights do not change: pack them
+    return torch.compile(model, options=options, dynamic=not static)
 
 class SlotModel:
     "A causal LM with slots: read some prompts, write in all."
@@ -167,15 +178,18 @@ class SlotModel:
         "Compile now, and say now if that fails."
         try:
             self.read([0], [[0]])
-            for last in self.counts: self.step({last - 1: 0})
+            for last, start in product(self.counts, (0, 64)):  # the first places that are looked at, and more
+                self.held[last - 1] = [0]*start
+                self.step({last - 1: 0})
         except Exception as e:
             raise ServerError(f'this model cannot be compiled; leave --torch-compile out ({type(e).__name__})') from e
         for slot in range(self.places.slots): self.wipe(slot)
         self.places.position.zero_()
 
-    def _forward(self, model, ids, positions, mask, keep):
+    def _forward(self, model, ids, positions, seen, keep): # seen: (B, 1, T, W), true where attended to
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         return model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
-                     use_cache=True, logits_to_keep=keep).logits.float()
+                     use_cache=True, logits_to_keep=keep).logits
 
     def piece(
         self, ids: list[int], # A prompt
@@ -190,7 +204,7 @@ class SlotModel:
         prompts: list[list[int]], # One for each slot, whole; what is read of each has the same padded length
         start: int = 0,           # How much of all of them was read before
         every: bool = False,      # Of a single one: logits behind each token that is read now, not only behind the last
-    ) -> tuple[list[int], torch.Tensor]: # How far each is read now; logits (B, V), or (n, V) of every token; float32
+    ) -> tuple[list[int], torch.Tensor]: # How far each is read now; logits (B, V), or (n, V) of every token
         "Read one piece of some prompts, each into its slot."
         stops, (length, *_) = zip(*(self.piece(ids, start) for ids in prompts))
         p, p.width = self.places, start + length
@@ -226,24 +240,27 @@ class SlotModel:
 
     def step(
         self, tokens: dict[int, int], # The last token of each slot that writes
-    ) -> torch.Tensor:                # (len(tokens), V) logits, float32, in the same order
+    ) -> torch.Tensor:                # (len(tokens), V) logits in the same order, without a copy if that ascends
         "One token more for some slots. The others write behind their ends, where nobody looks."
-        p, out = self.places, {}
-        for first in range(0, p.slots, self.counts[-1]):
-            here = [slot for slot in tokens if first <= slot < first + self.counts[-1]]
-            if here: out |= zip(here, self._rows(tokens, here, first))
+        parts = {}
+        for slot in tokens: parts.setdefault(slot//self.counts[-1], []).append(slot)
+        logits = [self._rows(tokens, here, n*self.counts[-1]) for n, here in parts.items()]
         for slot, token in tokens.items(): self.held[slot].append(token)
-        p.position[list(tokens)] += 1
-        return torch.stack([out[slot] for slot in tokens])
+        self.places.position[list(tokens)] += 1
+        if len(parts) == 1: return logits[0]
+        order = [slot for here in parts.values() for slot in here]
+        return torch.cat(logits) if order == [*tokens] else torch.cat(logits)[[order.index(slot) for slot in tokens]]
 
     def _rows(self, tokens, here, first) -> torch.Tensor: # (len(here), V)
         p, count = self.places, next(n for n in self.counts if n > max(here) - first)
-        p.part, position = slice(first, first + count), p.position[first:first + count]
-        p.width = self.capacity if self.static else (int(p.position[here].max())//64 + 1)*64
+        position = p.position[first:first + count]
+        p.first, p.now = first, p.begin[first:first + count] + position
+        p.width = self.capacity if self.static else (max(len(self.held[slot]) for slot in here)//64 + 1)*64
         ids = torch.tensor([[tokens.get(slot, 0)] for slot in range(first, first + count)], device=self.device)
-        mask = torch.arange(p.width, device=self.device)[None] <= position[:, None]
-        logits = self._forward(self._stepping, ids, position[:, None], mask[:, None, None], 1)[:, -1]
-        return logits[[slot - first for slot in here]]
+        seen = torch.arange(p.width, device=self.device)[None] <= position[:, None]
+        logits = self._forward(self._stepping, ids, position[:, None], seen[:, None, None], 1)[:, -1]
+        rows = [slot - first for slot in here]
+        return logits[:len(rows)] if rows == [*range(len(rows))] else logits[rows]
 
     def wipe(self, slot: int) -> None:
         "Forget what a failed answer left behind: a NaN that is masked out is still a NaN."

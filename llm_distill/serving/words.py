@@ -92,7 +92,7 @@ class Job:
         except Exception: self.cancelled = True
         self.pieces = []
 
-# %% ../../nbs/10_serving.words.ipynb #475c3761
+# %% ../../nbs/10_serving.words.ipynb #0b0b8524
 _log = logging.getLogger(__name__)
 
 class Words:
@@ -108,28 +108,31 @@ class Words:
 
     def choose(
         self, jobs: list[Job],
-        logits: torch.Tensor, # (len(jobs), V), float32; changed
+        logits: torch.Tensor, # (len(jobs), V); changed
     ) -> list[Piece]:
         "The next token of each job."
-        logits = logits[:, :self.size].cpu()  # rows that pad the vocabulary have no token
-        broken, rows = logits.isnan().any(-1).tolist(), range(len(jobs))
+        logits = logits[:, :self.size].cpu().float().contiguous()  # rows that pad the vocabulary have no token
+        best = logits.max(-1)  # NaN where there is one
+        broken, rows = best.values.isnan().tolist(), range(len(jobs))
         reports = self._reports([i for i in rows if jobs[i].sampling.top_logprobs is not None], jobs, logits)
-        self._adjust(jobs, logits)
-        self._mask(jobs, logits, broken)
+        if self._adjust(jobs, logits) | self._mask(jobs, logits, broken): best = logits.max(-1)
+        if not best.values.isfinite().all(): logits = logits.nan_to_num_(); best = logits.max(-1)
         uniform = torch.cat([torch.rand(1, 1, generator=j.random) for j in jobs])
-        chosen = pick(logits.nan_to_num(), [j.sampling for j in jobs], uniform).tolist()
+        chosen = pick(logits, [j.sampling for j in jobs], uniform, best.indices).tolist()
         return [Piece('', finish='error', tokens=len(j.said)) if broken[i] else
                 self.piece(j, chosen[i], *reports.get(i, (None, None))) for i, j in enumerate(jobs)]
 
-    def _adjust(self, jobs, logits):
-        if any(not j.sampling.plain for j in jobs):
-            penalise(logits, [j.sampling for j in jobs], [j.prompt for j in jobs], [j.said for j in jobs])
+    def _adjust(self, jobs, logits) -> bool: # Whether something was changed
+        if all(j.sampling.plain for j in jobs): return False
+        penalise(logits, [j.sampling for j in jobs], [j.prompt for j in jobs], [j.said for j in jobs])
+        return True
 
-    def _mask(self, jobs, logits, broken):
+    def _mask(self, jobs, logits, broken) -> bool: # Likewise
         for i, constraint in ((i, j.sampling.constraint) for i, j in enumerate(jobs)):
             if constraint is None: continue
             try: logits[i].masked_fill_(~constraint.mask()[:self.size], -torch.inf)
             except Exception as e: broken[i] = _log.warning('an answer cannot go on: %s', e) is None
+        return any(j.sampling.constraint is not None for j in jobs)
 
     def _reports(self, rows, jobs, logits) -> dict[int, tuple]:
         "Logprobs and alternatives of the rows that ask for them."
@@ -171,7 +174,7 @@ class Words:
         rows, k = job.rows, job.sampling.prompt_logprobs
         if not start: self._row(rows, job.prompt[0], None, None)
         ids = job.prompt[start + 1:start + 1 + len(logits)]
-        logprobs = logits[:len(ids), :self.size].log_softmax(-1).cpu()
+        logprobs = logits[:len(ids), :self.size].float().log_softmax(-1).cpu()
         values, places = logprobs.topk(min(k, self.size), -1)
         for n, i in enumerate(ids): self._row(rows, i, float(logprobs[n, i]), self.alternatives(places[n], values[n]))
 
