@@ -115,7 +115,7 @@ def heat_map(
         spans.append(f'<span{style} title="{tip}">{_inked(b"".join(logprobs.tokens[i] for i in run))}</span>')
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{"".join(spans)}</div>'
 
-# %% ../nbs/02e_browse.ipynb #a1d9ab28
+# %% ../nbs/02e_browse.ipynb #fe999ae5
 _STYLE = '''&{font:13px/1.5 system-ui,sans-serif;color:inherit;text-align:left;max-width:84rem;min-width:18rem;
 container-type:inline-size}
 & *{box-sizing:border-box}& [hidden]{display:none!important}
@@ -149,7 +149,7 @@ border:1px solid rgba(214,140,0,.8);background:rgba(214,140,0,.18)}
 @container (max-width:760px){& .head{display:none}
 & .row>summary{display:flex;flex-wrap:wrap;gap:.1rem .9rem;padding-left:1.6rem;position:relative}
 & .row>summary::before{position:absolute;left:.5rem;top:.45rem}
-& .prompt,& .text{flex:0 0 100%}& .prompt{font-weight:600}
+& .asked,& .text{flex:0 0 100%}& .asked{font-weight:600}
 & .number,& .model,& .finish{opacity:.8;font-size:12px}& .unit{position:static;clip-path:none}}
 @media print{& .bar{display:none}}'''
 
@@ -182,7 +182,7 @@ def _cost(rows: list[Row]) -> str:
     gap = f', {len(rows)-len(known):,} without a known price' if len(known) < len(rows) else ''
     return f'{_usd(sum(known))} USD{gap}' if known else 'price not known'
 
-# %% ../nbs/02e_browse.ipynb #614d1f84
+# %% ../nbs/02e_browse.ipynb #891c2741
 def _tag(name: str, kind: str, inner: str) -> str: return f'<{name} class="{kind}">{inner}</{name}>'
 def _unit(text: str) -> str: return _tag('span', 'unit', text)
 
@@ -190,7 +190,7 @@ def _summary(r: Row) -> str: # HTML
     "The line of an answer in the table."
     def preview(text): return html.escape(_line(text[:400])) or '<i class="faint">no text</i>'
     marks = ''.join(_tag('span', f'mark {m}', m) for m in _marks(r)) or _html(r.finish_reason or '–')
-    cells = {'prompt find brief': preview(r.prompt), 'text find brief': preview(r.text), 'finish': marks,
+    cells = {'asked find brief': preview(r.prompt), 'text find brief': preview(r.text), 'finish': marks,
              'number tokens': f'{r.prompt_tokens:,}{_unit(" in")} / {r.completion_tokens:,}{_unit(" out")}',
              'number usd': _usd(r.usd) + _unit(' USD'), 'number seconds': f'{r.latency_s:.1f}{_unit(" s")}',
              'model': _html(r.model)}

@@ -93,7 +93,7 @@ class Details:
         tokens, topics = len(self.tokens['answer']), len({t for t in self.topics if t})
         return f'{tokens:,} tokens of {len(self.topics):,} answers, {topics} topics\n{self.scores!r}'
 
-# %% ../nbs/09e_details.ipynb #476bb14f
+# %% ../nbs/09e_details.ipynb #f8ef53c7
 def details(
     student,                      # A causal LM, or the folder or name of one
     data,                         # The teacher's answers to held-out prompts, or examples made of them
@@ -120,5 +120,5 @@ def _topics(answers, topic, n: int) -> list[str]:
     if not isinstance(topic, str): found = list(topic)
     elif len(answers) != n: found = ['']*n
     else: found = [getattr(a, 'meta', a if isinstance(a, dict) else {}).get(topic) or '' for a in answers]
-    if len(found) != n: raise BadInput(f'{len(found)} topics for {n} answers: give one of each')
+    if len(found) != n: raise BadInput(f'{len(found)} topics for {n} answers: give one for each')
     return [str(t) for t in found]

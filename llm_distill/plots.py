@@ -192,13 +192,13 @@ def _banded(ax, tables, at, name) -> None: # One line a student with its interva
     _limits(ax, *spans)
     if len(tables) > 1: _ends(ax, ends)
 
-# %% ../nbs/09d_plots.ipynb #c3c48692
+# %% ../nbs/09d_plots.ipynb #6ab56d47
 def plot_agreement_by_position(
     details, # `Details`, its dict, or several by name
 ):           # A matplotlib Figure; raises `BadInput` where no answer has a teacher's distribution
     "How agreement goes along the answers."
     tables = _tables(details, 'positions')
-    _something(tables, f"agreement needs {_NEEDED}")
+    _something(tables, f'agreement needs {_NEEDED}')
     figure, (ax,) = _axes()
     _banded(ax, tables, lambda r: (r['first'] + r['last'])/2 + 1, 'agreement')
     ax.set_ylim(0, 1.02)
@@ -224,7 +224,6 @@ def plot_kl_by_topic(
     ax.set_yticks(range(len(topics)), topics)
     ax.set_xlim(0, None)
     ax.margins(y=.4/len(topics))
-    ax.grid(axis='y', visible=False)
     ax.grid(axis='x', color='#e4e4e4', linewidth=.8)
     _dress(ax, xlabel='KL to the teacher, nats per token').grid(axis='y', visible=False)
     if len(tables) > 1: ax.legend(frameon=False, fontsize=9, loc='upper left', bbox_to_anchor=(1, 1))
@@ -255,13 +254,13 @@ def _with_ece(name: str, told) -> str:
     ece = told.get('ece') if isinstance(told, Mapping) else told.scores.ece
     return ', '.join([name]*bool(name) + [f'ECE {ece:.3f}']*(ece is not None))
 
-# %% ../nbs/09d_plots.ipynb #9ab9bb86
+# %% ../nbs/09d_plots.ipynb #60a39785
 def plot_entropy_vs_error(
     details, # `Details`, its dict, or several by name
 ):           # A matplotlib Figure; raises `BadInput` where no answer has a teacher's distribution
     "Is the student wrong where the teacher is unsure?"
     tables = _tables(details, 'entropy')
-    _something(tables, f"entropy needs {_NEEDED}")
+    _something(tables, f'entropy needs {_NEEDED}')
     figure, axes = _axes(1, 2, (8., 3.1))
     for ax, name, words in zip(axes, ('error', 'kl'), ("student's likeliest token\nis another, share",
                                                       'KL to the teacher, nats per token')):
@@ -270,10 +269,10 @@ def plot_entropy_vs_error(
         ax.set_xlim(left=0)
     return figure
 
-# %% ../nbs/09d_plots.ipynb #35ec1292
+# %% ../nbs/09d_plots.ipynb #87e98fb4
 _WORDS = {'kl': 'KL to the teacher, nats per token', 'agreement': 'agreement, share', 'perplexity': 'perplexity',
           'usd_per_1000': 'US dollars for 1,000 answers', 'tokens_per_s': 'tokens a second',
-          'win_rate': "win rate, share", 'chrf': 'chrF', 'rouge_l': 'ROUGE-L'}
+          'win_rate': 'win rate, share', 'chrf': 'chrF', 'rouge_l': 'ROUGE-L'}
 
 def plot_cost_vs_quality(
     runs,                        # By name: a dict with both figures, and "intervals"; or what `compare` gave

@@ -77,6 +77,19 @@ def lab(folder: Path, root: Path, dark: bool = False):
 
 
 @contextmanager
+def classic(folder: Path, root: Path, python: Path):
+    "Classic Notebook over `root`, in an environment with nbclassic and ipywidgets 7; gives its address."
+    port = free_port()
+    settings = folder/'jupyter_config_dir/serverconfig'
+    settings.mkdir(parents=True)
+    (settings/'notebook.json').write_text('{"load_extensions": {"jupyter-js-widgets/extension": true}}')
+    command = [python, '-m', 'nbclassic', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--allow-root',
+               f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={root}', '--ServerApp.port_retries=0']
+    url = f'http://127.0.0.1:{port}'
+    with running(command, folder, f'{url}/api/status?token={TOKEN}', root): yield url
+
+
+@contextmanager
 def browser(folder: Path, width: int = 1000, height: int = 1400):
     "A page."
     from playwright.sync_api import sync_playwright
@@ -96,6 +109,14 @@ def run_notebook(page, url: str, name: str) -> None:
     page.evaluate('''async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext
         await s.ready; await s.session.kernel.info }''')
     page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+
+
+def run_classic(page, url: str, name: str) -> None:
+    "Open a notebook in classic Notebook and run all of it, once there is somebody to draw its widgets."
+    page.goto(f'{url}/nbclassic/notebooks/{name}?token={TOKEN}')
+    page.wait_for_function("""() => { const k = window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel
+        return !!(k && k.info_reply.protocol_version && k.comm_manager.targets['jupyter.widget']) }""")
+    page.evaluate('() => { Jupyter.notebook.execute_all_cells() }')
 
 
 def write_notebook(path: Path, *cells: str) -> Path:

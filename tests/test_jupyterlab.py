@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import browser, free_port, lab, missing, run_notebook, running, write_notebook
+from browser import browser, classic, free_port, lab, missing, run_classic, run_notebook, running, write_notebook
+from environments import COLAB, over_this_one
 from small_student import small_student
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=str(missing()))
@@ -26,8 +27,8 @@ def root(tmp_path):
 
 class Hand:
     "Presses buttons of one panel and reads its status line."
-    def __init__(self, page, name: str, tab: str):
-        page.get_by_role('tab', name=tab, exact=True).click()
+    def __init__(self, page, name: str, tab: str = ''):
+        if tab: page.get_by_role('tab', name=tab, exact=True).click()
         self.panel = page.locator(f'.ld-{name}')
         self.panel.locator('h3').wait_for()
 
@@ -120,12 +121,41 @@ def test_studio_in_jupyterlab(tmp_path, root, student):
 
 
 @pytest.mark.slow
+def test_a_cell_that_is_run_again_in_jupyterlab(tmp_path, root, student):
+    write_notebook(root/'serve.ipynb', f'from llm_distill.panels import ServePanel\n\nServePanel({student!r})')
+    def servers(): return [p for p in processes(root) if 'serving.process' in p]
+    with lab(tmp_path, root) as url, browser(tmp_path) as page:
+        run_notebook(page, url, 'serve.ipynb')
+        Hand(page, 'serve').press('Start', 'Serving .* at http')
+        assert servers()
+        page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        hand, end = Hand(page, 'serve'), time.monotonic() + 30
+        hand.says('showed before was told to stop')
+        while servers(): assert time.monotonic() < end; time.sleep(.1)
+        hand.press('Start', 'Serving .* at http')
+
+
+@pytest.mark.slow
 def test_studio_by_voila(tmp_path, root, student):
     port = free_port()
     command = [sys.executable, '-m', 'llm_distill.cli', 'studio', 'project', '--no-browser', '--port', str(port)]
     with running(command, tmp_path, f'http://127.0.0.1:{port}/static/voila.js', root), browser(tmp_path) as page:
         page.goto(f'http://127.0.0.1:{port}/')
         use_studio(page, student, all_of_it=False)
+
+
+@pytest.mark.slow
+def test_studio_in_classic_notebook_with_the_widgets_of_colab(tmp_path, root, student):
+    python = over_this_one(tmp_path/'venv', *COLAB, 'nbclassic')
+    write_notebook(root/'studio.ipynb', 'import ipywidgets\nfrom llm_distill.panels import Studio\n\n'
+                   'print("ipywidgets", ipywidgets.__version__)\nStudio("project")')
+    with classic(tmp_path, root, python) as url, browser(tmp_path) as page:
+        run_classic(page, url, 'studio.ipynb')
+        use_studio(page, student, all_of_it=False)
+        assert 'ipywidgets 7.7.1' in page.locator('.output_stdout').first.inner_text()
+        page.get_by_role('tab', name='Collect', exact=True).click()
+        asked = page.locator('.llm-distill-browser summary .asked').first  # no style of the page's own has got at it
+        assert asked.evaluate('e => getComputedStyle(e).textAlign') in ('start', 'left')
 
 
 def test_the_studio_command_refuses_a_file(tmp_path):

@@ -2,7 +2,6 @@
 import ast
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import ipywidgets as W
 import pytest
+from environments import COLAB, over_this_one
 from small_student import small_student
 
 from llm_distill.panels import (ChatPanel, CollectPanel, DistillPanel, EvaluatePanel, JobsPanel, ServePanel, Studio,
@@ -163,6 +163,45 @@ def test_closing_ends_the_work():
         return seen[0].is_alive()
     assert not asyncio.run(use(lambda panel: panel.close()))
     assert not asyncio.run(use(lambda panel: end_all(.1)))
+
+
+def test_a_cell_that_is_run_again_ends_what_it_showed_before():
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel(kernel_name='python3')
+    def run(cell, code): # As JupyterLab does; gives what was printed
+        content = {'code': code, 'silent': False, 'store_history': True, 'user_expressions': {}, 'allow_stdin': False}
+        sent = client.session.msg('execute_request', content, metadata={'cellId': cell})
+        client.shell_channel.send(sent)
+        said = []
+        while True:
+            told = client.get_iopub_msg(timeout=60)
+            if told['parent_header'].get('msg_id') != sent['header']['msg_id']: continue
+            assert told['msg_type'] != 'error', told['content']
+            if told['msg_type'] == 'stream': said.append(told['content']['text'])
+            if told['content'].get('execution_state') == 'idle': return ''.join(said)
+    def busy(): return run('look', 'print([p.busy for p in made])').strip()
+    def after(wanted):
+        end = time.monotonic() + 30
+        while busy() != wanted: assert time.monotonic() < end, busy(); time.sleep(.05)
+    try:
+        run('first', '''
+from llm_distill.panels.base import Panel
+made = []
+class Waits(Panel):
+    def __init__(self): super().__init__(); made.append(self); self.begin(lambda job: job.stop.wait())
+    def code(self): return ''''')
+        for cell in ('one', 'two', 'one'): run(cell, 'display(Waits())')
+        after('[False, True, True]')  # the panel of the other cell goes on
+        assert 'showed before was told to stop' in run('look', 'print(made[2].status.value)')
+        run('two', 'display(made[1])')  # the same once more
+        run('three', 'display(made[1])')  # and in two cells
+        run('two', 'display(made[1].widget, Waits())')
+        after('[False, True, True, True]')
+        run('three', '1')
+        after('[False, False, True, True]')
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_a_kernel_that_ends_leaves_no_worker(tmp_path):
@@ -435,6 +474,8 @@ def test_jobs_are_sent_watched_and_cancelled(project, tmp_path):
         return states, log, said
     states, log, said = asyncio.run(use())
     assert 'cancelled' in states and 'Log' in log and 'Disconnected' in said
+    lines = log.partition('<pre>')[2].splitlines()
+    assert len(lines) > 1 and len(set(lines)) == len(lines)  # what was heard in one look is not heard in the next
 
 
 def test_jobs_of_nobody_say_so():
@@ -480,14 +521,7 @@ def test_studio_without_voila_says_what_to_install(monkeypatch):
 def test_all_this_under_the_widgets_of_colab(tmp_path):
     "ipywidgets 7.7.1 with its kernel, over the packages of this environment."
     if W.__version__.startswith('7'): pytest.skip('these are the widgets of Colab')
-    import site
-    subprocess.run([sys.executable, '-m', 'venv', tmp_path/'venv'], check=True)
-    python = tmp_path/'venv'/('Scripts' if os.name == 'nt' else 'bin')/'python'
-    home = subprocess.run([python, '-c', 'import site; print(site.getsitepackages()[-1])'], capture_output=True,
-                          text=True, check=True).stdout.strip()
-    (Path(home)/'zz_outer.pth').write_text('\n'.join(site.getsitepackages()))
-    wanted = ['ipywidgets==7.7.1', 'ipykernel==6.17.1', 'ipython==7.34.0']
-    subprocess.run([python, '-m', 'pip', 'install', '-q', *wanted], check=True)
+    python = over_this_one(tmp_path/'venv', *COLAB)
     done = subprocess.run([python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]

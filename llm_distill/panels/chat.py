@@ -23,7 +23,7 @@ from ..teachers.base import Teacher
 from ..teachers.registry import create_teacher
 from ..types import BadInput, DistillError, Event, Usage, as_messages
 
-# %% ../../nbs/13_panels.chat.ipynb #2200927b
+# %% ../../nbs/13_panels.chat.ipynb #e8901a20
 @dataclass
 class Said:
     "An answer, as far as it has come."
@@ -40,6 +40,7 @@ class Said:
             told = dict(first=None if self.first_s is None else f'{self.first_s:.1f} s', seconds=f'{self.seconds:.1f}',
                         tokens=tokens, tokens_per_s=f'{tokens/max(self.seconds, 1e-9):,.0f}',
                         per_1000_answers=money(None if self.usd is None else 1000*self.usd))
+        if Path(name).is_absolute(): name = '/'.join(Path(name).parts[-2:])
         return (f'<div class="ld-card"><b>{esc(name)}</b> <span class="ld-faint">{esc(state)}</span>'
                 f'<div class="ld-said" dir="auto">{esc(self.text) or "…"}</div>{facts(**told)}</div>')
 
@@ -87,24 +88,24 @@ def answer(
     temperature: float = 0.,
 ) -> Said:                             # Raises a `TeacherError`, `BadInput`
     "Ask, and tell of the answer as it comes."
-    said, start, how = Said(), time.monotonic(), {'max_tokens': max_tokens, 'temperature': temperature}
+    said, start, how, whole = Said(), time.monotonic(), {'max_tokens': max_tokens, 'temperature': temperature}, False
     def on_text(text):
         said.text, said.seconds = said.text + text, time.monotonic() - start
         if said.first_s is None and text: said.first_s = said.seconds
         tell(said)
-    if hasattr(teacher, 'llm'): said.usage = stream_local(teacher, question, on_text, stop, **how)
+    if hasattr(teacher, 'llm'): said.usage, whole = stream_local(teacher, question, on_text, stop, **how), True
     elif getattr(teacher, 'api', '') == 'chat' and teacher.budget is None:
-        with suppress(Exception): said.usage = stream_chat(teacher, question, on_text, stop, **how)
+        with suppress(Exception): said.usage, whole = stream_chat(teacher, question, on_text, stop, **how), True
         if said.usage: teacher.count(said.usage)
     if stop.is_set(): raise Stopped('stopped')
-    if said.usage is None:
+    if not whole or not (said.text or said.usage):
         done = wait_for(teacher.agenerate(question, **how), stop)
         said.text, said.usage, said.first_s = done.text, done.usage, None
-    said.seconds, said.usd = time.monotonic() - start, usd_of(teacher, said.usage)
+    said.seconds, said.usd = time.monotonic() - start, usd_of(teacher, said.usage) if said.usage else None
     tell(said)
     return said
 
-# %% ../../nbs/13_panels.chat.ipynb #948078d2
+# %% ../../nbs/13_panels.chat.ipynb #30fdba66
 def open_model(
     name: str, # See above
 ) -> Teacher:  # Raises `BadInput` and what `create_teacher` raises
@@ -185,6 +186,11 @@ class ChatPanel(Panel):
     def release(self) -> None:
         "Let go of the models that were opened here."
         self.opened.clear()
+
+    def leave(self) -> None:
+        "End what is asked, and let go of the models."
+        super().leave()
+        self.release()
 
     def chosen(self) -> list[str]: # Raises `BadInput`
         "The models that are asked."

@@ -28,14 +28,13 @@ from ..tables import atomically, read_rows
 from ..teachers.base import Teacher
 from ..types import BadInput, Event, missing_package
 
-# %% ../../nbs/13_panels.collect.ipynb #68157453
+# %% ../../nbs/13_panels.collect.ipynb #bd2d2f8a
 _OWN = 'questions that come with the package'
 
 def dataset_prompts(
-    name: str,  # Of a data set of the hub, "OWNER/NAME"; "" takes the package's questions
-    column: str, # The field that is asked; "" takes "messages" or "prompt"
-    rows: int,  # So many at most
-) -> list:      # Raises `BadInput`, ImportError
+    name: str, # Of a data set of the hub, "OWNER/NAME"; "" takes the package's questions
+    rows: int, # So many at most
+) -> list:     # Raises `BadInput`, ImportError
     "The first prompts of a data set."
     if name.strip() in ('', _OWN): return read_prompts(str(files('llm_distill')/'data/prompts.jsonl'))[:rows]
     try: import datasets
@@ -53,19 +52,21 @@ class _Prompts:
         self.prompts = self.input(W.Textarea, 'Prompts, one a line', prompts, rows=5,
                                   placeholder='Why is the sky blue?\nHow do bees make honey?')
         self.path = self.input(W.Text, 'Path', path, placeholder='questions.jsonl', continuous_update=False)
-        self.upload = self.input(W.FileUpload, 'From this computer', multiple=False,
+        self.upload = self.input(W.FileUpload, 'Choose a file', multiple=False,
                                  accept='.jsonl,.json,.csv,.tsv,.parquet,.txt')
         self.data = self.input(W.Combobox, 'Data set', _OWN, options=[_OWN], ensure_option=False,
                                continuous_update=False)
         self.rows = self.input(W.BoundedIntText, 'First so many', 24, min=1, max=10_000_000)
         self.upload.observe(lambda _: self.screen.now(self._guard, self._keep_upload), 'value')
         self.source.observe(lambda _: self.screen.now(self._fit), 'value')
-        self._parts = {'paste': [self.prompts], 'data': [field(self.data, size='wide'), field(self.rows, size='small')],
+        pasted = field(self.prompts, 'None at hand? Data set holds questions that come with the package.')
+        self._parts = {'paste': [pasted], 'data': [field(self.data, size='wide'), field(self.rows, size='small')],
                        'file': [field(self.path, '.jsonl, .json, .csv, .tsv, .parquet or lines of text', 'wide'),
                                 self.upload]}
         self._fit()
         return [row(field(self.source, size='small'), field(self.column, size='small'), *self._parts['data'],
-                    *self._parts['file'], top=True), row(field(self.prompts))]
+                    *self._parts['file'], top=True),
+                row(pasted)]
 
     def _fit(self) -> None:
         for kind, parts in self._parts.items():
@@ -85,10 +86,12 @@ class _Prompts:
         "The prompts that were chosen."
         kind = self.source.value
         if kind == 'paste': found = [line.strip() for line in self.prompts.value.splitlines() if line.strip()]
-        elif kind == 'data': found = dataset_prompts(self.data.value, self.column.value, self.rows.value)
+        elif kind == 'data': found = dataset_prompts(self.data.value, self.rows.value)
         elif self.path.value.strip(): found = [r for _, r in read_rows(self.path.value.strip())]
         else: raise BadInput('say which file holds the prompts, or choose one from this computer')
-        if not found: raise BadInput('there are no prompts yet: write one a line, or choose a file or a data set')
+        if not found:
+            raise BadInput('there are no prompts yet: write one a line, or choose a file or a data set; '
+                           'the data set that stands there comes with the package')
         return found
 
     def prompts_code(self) -> str:
@@ -100,7 +103,7 @@ class _Prompts:
         return (f'list(datasets.load_dataset({self.data.value.strip()!r}, split=\'train\', streaming=True)'
                 f'.take({self.rows.value}))')
 
-# %% ../../nbs/13_panels.collect.ipynb #6930cde2
+# %% ../../nbs/13_panels.collect.ipynb #9792f402
 class CollectPanel(_Prompts, Panel):
     "Ask a teacher many prompts, and keep every answer."
     name, title = 'collect', 'Collect'
@@ -150,7 +153,8 @@ class CollectPanel(_Prompts, Panel):
     def ready(self) -> str:
         return 'Ready. Estimate says what a run would ask and cost.'
 
-    def open(self) -> Teacher: return self.teacher.make() if isinstance(self.teacher, TeacherPanel) else self.teacher
+    def open(self, job: Job|None = None) -> Teacher: # `job` says that it waits
+        return self.teacher.make(job) if isinstance(self.teacher, TeacherPanel) else self.teacher
 
     def how(self, teacher: Teacher|None = None) -> dict: # Of `collect`; raises `BadInput`
         "The settings of the run."
@@ -186,20 +190,22 @@ class CollectPanel(_Prompts, Panel):
         "Say what a run would do."
         prompts = self.asked()
         def work(job: Job):
-            teacher = self.open()
+            teacher = self.open(job)
             how = self.how(teacher)
             return outlook(prompts, teacher, self.project.cache, **{k: v for k, v in how.items() if k != 'budget'})
         self.begin(work, lambda plan: f'{plan}.', 'Estimating')
 
     def start(self) -> None:
         "Collect what is not there yet."
-        prompts, self.heard = self.asked(), []
+        prompts, self.heard, self._look = self.asked(), [], 0.
         self.project.folder.mkdir(parents=True, exist_ok=True)
         self._keep_prompts(prompts)
         def work(job: Job):
-            teacher = self.open()
+            teacher = self.open(job)
+            job.say(f'{self.words} …')
             def listen(event: Event):
                 job.on_event(event)
+                job.show('answers', self._newest)
                 job.show('live', self._live, teacher, event)
             return teacher, self._collect(prompts, teacher, self.how(teacher), listen, job.stop)
         self.begin(work, lambda found: self._done(*found), 'Collecting')
@@ -245,16 +251,29 @@ class CollectPanel(_Prompts, Panel):
         if t.stopped == 'budget': return f'{words}. The budget is spent; raise it and press Resume.'
         return f'{words}. Press Resume to go on.' if t.stopped else f'{words}.'
 
-    def show_answers(self) -> None:
+    def _newest(self) -> None:
+        "The last answers while others are on their way, now and then."
+        start = time.monotonic()
+        if start < self._look or not self.busy: return
+        self.show_answers(5)
+        self._look = time.monotonic() + max(4., 20*(time.monotonic() - start))
+
+    def show_answers(
+        self,
+        limit: int = 20, # So many at most
+    ) -> None:
         "The newest answers of the project."
         if not self.project.cache.exists():
             self.table.value = nothing('No answers yet. They appear here as soon as the teacher was asked.')
             return
         words = self.search.value.strip() or None
-        with TeacherCache(self.project.cache) as cache: shown = cache.browse(words, limit=20)
+        with TeacherCache(self.project.cache) as cache: shown = cache.browse(words, limit=limit)
         hidden(self.found, not shown.rows and not self.search.value)
         page = re.sub(r'<script>.*?</script>|<div class="bar">.*?</div>', '', shown._repr_html_(), flags=re.DOTALL)
-        self.table.value = page.replace('max-width:84rem;min-width:18rem', 'max-width:100%')
+        for said, better in (('max-width:84rem;min-width:18rem', 'max-width:100%'), ('search=... finds', 'words find'),
+                             ('<br><span class="faint">', '<br><span class="faint">these: ')):
+            page = page.replace(said, better, 1)
+        self.table.value = page
 
     def run(self) -> Answers: # Those that came; an interrupt keeps them
         "In one cell: collect, with a bar below."

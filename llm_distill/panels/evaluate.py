@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['topics_of', 'by_prompt', 'worst', 'EvaluatePanel']
 
-# %% ../../nbs/13_panels.evaluate.ipynb #915f660b
+# %% ../../nbs/13_panels.evaluate.ipynb #7959d57e
 import json
 import random
 from pathlib import Path
@@ -17,12 +17,13 @@ from ..cache import TeacherCache
 from .base import Job, Panel, Project
 from .distill import read_run
 from .look import Chart, esc, facts, field, hidden, nothing, row, table
+from .teacher import Stopped
 from ..plots import plot_agreement_by_position, plot_reliability
 from ..progress import Progress
 from ..records import Answer
 from ..types import BadInput
 
-# %% ../../nbs/13_panels.evaluate.ipynb #4b280f4c
+# %% ../../nbs/13_panels.evaluate.ipynb #6d9899c1
 def topics_of(
     project: Project,
 ) -> dict[str, str]: # Topic by question
@@ -43,7 +44,7 @@ def by_prompt(
     "What each prompt adds to the scores, the answers to one prompt together."
     firsts = {}
     for a in answers: firsts.setdefault(json.dumps(a.messages, sort_keys=True), a)
-    if len(firsts) != len(scores.keys): raise BadInput('these scores are of other answers')
+    if len(firsts) != len(scores.keys): raise BadInput('these scores are of other answers; judge by these first')
     names = 'tokens', 'soft', 'nll', 'kl', 'reverse_kl', 'agreement'
     return [{'prompt': a.prompt, 'answer': a, **dict(zip(names, sums))}
             for a, sums in zip(firsts.values(), scores.sums)]
@@ -56,7 +57,7 @@ def worst(
     def badness(r): return r['kl']/r['soft'] if r['soft'] else r['nll']/max(r['tokens'], 1)
     return sorted(rows, key=badness, reverse=True)[:n]
 
-# %% ../../nbs/13_panels.evaluate.ipynb #7630b71a
+# %% ../../nbs/13_panels.evaluate.ipynb #27b62b01
 class _Blind:
     "The part of the panel that asks you."
     def blind_parts(self) -> list:
@@ -174,7 +175,8 @@ class EvaluatePanel(_Blind, Panel):
         return ('from llm_distill import TeacherCache, cached_answers, evaluate\n'
                 'from llm_distill.distill import hold_out\n\n'
                 f'with TeacherCache({str(self.project.cache)!r}) as cache: answers = list(cached_answers(cache))\n'
-                f'_, test = hold_out(answers, {self.heldout.value})\n'
+                + ('test = answers\n' if self.heldout.value >= 1 else
+                   f'_, test = hold_out(answers, {self.heldout.value})\n') +
                 f'scores = {{name: evaluate(name, test) for name in {self.names()!r}}}\nscores')
 
     def held_out(self) -> list[Answer]:
@@ -196,10 +198,14 @@ class EvaluatePanel(_Blind, Panel):
         from llm_distill.saving import load_student
         test, told, topics = self.held_out(), {}, topics_of(self.project)
         about = [topics.get(a.prompt, '') for a in test]
+        def listen(event):
+            on_event(event)
+            if stop and stop.is_set(): raise Stopped('stopped')
         for name in names:
             if stop and stop.is_set(): return {}
             tokenizer, model = load_tokenizer(find_model(name)), load_student(name)
-            told[name] = details(model, test, tokenizer, about, on_event=on_event)
+            try: told[name] = details(model, test, tokenizer, about, on_event=listen)
+            except Stopped: return {}
         rows = by_prompt(told[names[-1]].scores, test)
         shown, said = worst(rows, self.shown.value), []
         for start in range(0, len(shown), 4):

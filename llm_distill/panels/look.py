@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['CSS', 'esc', 'table', 'nothing', 'facts', 'money', 'field', 'row', 'hidden', 'Chart', 'uploaded']
 
-# %% ../../nbs/13_panels.look.ipynb #bd9c3d10
+# %% ../../nbs/13_panels.look.ipynb #8ab3f29a
 import html
-import io
+import math
+import time
 from collections.abc import Sequence
 
 import ipywidgets as W
+
+from ..plots import as_png
 
 # %% ../../nbs/13_panels.look.ipynb #bc93e764
 CSS = '''<style>
@@ -98,7 +101,7 @@ def money(usd: float|None) -> str: # "$0.0012", "free", "price not known"
     if usd is None: return 'price not known'
     return 'free' if not usd else f'${usd:,.2f}' if usd >= 1 else f'${usd:.2g}' if usd >= 1e-4 else f'${usd:.1e}'
 
-# %% ../../nbs/13_panels.look.ipynb #77d95700
+# %% ../../nbs/13_panels.look.ipynb #f297d6a6
 def field(
     widget: W.Widget,     # With a description, which becomes the label
     help: str = '',       # A line below it
@@ -127,7 +130,12 @@ def hidden(widget: W.Widget, yes: bool = True) -> W.Widget: # The same
 
 class Chart:
     "A picture of a matplotlib figure; nothing before the first one."
-    def __init__(self): self.widget = hidden(W.Image(format='png', layout=W.Layout(max_width='100%')))
+    def __init__(self):
+        self.widget, self.drawn = hidden(W.Image(format='png', layout=W.Layout(max_width='100%'))), -math.inf
+
+    @property
+    def is_due(self) -> bool: # Whether half a second has gone by: drawing takes time from the work that is drawn
+        return time.monotonic() - self.drawn >= .5
 
     def draw(
         self,
@@ -135,9 +143,8 @@ class Chart:
     ) -> None:
         "Show a figure."
         if figure is None: hidden(self.widget); return
-        out = io.BytesIO()
-        figure.savefig(out, format='png', dpi=144, facecolor='white')
-        self.widget.value = out.getvalue()
+        self.drawn = time.monotonic()
+        self.widget.value = as_png(figure, 144)
         hidden(self.widget, False)
 
 def uploaded(

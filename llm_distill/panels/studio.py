@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['Studio', 'studio_notebook', 'run_studio']
 
-# %% ../../nbs/13_panels.studio.ipynb #b3e0d828
+# %% ../../nbs/13_panels.studio.ipynb #dd039621
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import ipywidgets as W
 
-from .base import Project
+from .base import Project, show
 from .chat import ChatPanel
 from .collect import CollectPanel
 from .distill import DistillPanel
@@ -27,7 +31,7 @@ from .serve import ServePanel
 from .teacher import TeacherPanel
 from ..types import BadInput, missing_package
 
-# %% ../../nbs/13_panels.studio.ipynb #efebbcbb
+# %% ../../nbs/13_panels.studio.ipynb #2aa659af
 class Studio:
     "All panels over one project folder."
     def __init__(
@@ -65,11 +69,9 @@ class Studio:
         for panel in self.panels: panel.close()
         for widget in (self.tabs, self.widget): widget.close()
 
-    def _ipython_display_(self):
-        from IPython.display import display
-        display(self.widget)
+    def _ipython_display_(self): show(self.widget, *self.panels)
 
-# %% ../../nbs/13_panels.studio.ipynb #cc04a923
+# %% ../../nbs/13_panels.studio.ipynb #d55abf09
 def studio_notebook(folder: str|Path) -> dict: # A notebook
     "A notebook with the Studio of a folder."
     code = ['from llm_distill.panels import Studio\n', '\n', f'Studio({str(folder)!r})']
@@ -77,9 +79,27 @@ def studio_notebook(folder: str|Path) -> dict: # A notebook
     kernel = {'display_name': 'python3', 'language': 'python', 'name': 'python3'}
     return {'cells': [cell], 'metadata': {'kernelspec': kernel}, 'nbformat': 4, 'nbformat_minor': 5}
 
+def _free(port: int) -> int: # Raises `BadInput`
+    "This port, or the next one that nobody has."
+    for candidate in range(port, min(port + 50, 65_536)):
+        with socket.socket() as s, suppress(OSError):
+            if os.name != 'nt': s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(('127.0.0.1', candidate))
+            return candidate
+    raise BadInput(f'no port from {port} on is free; name another one')
+
+def _announce(process: subprocess.Popen, port: int, browser: bool) -> None:
+    "Say where the Studio is, as soon as it is there."
+    while process.poll() is None:
+        with suppress(OSError), socket.create_connection(('127.0.0.1', port), timeout=1):
+            hint = ' If no browser opens, open this address in one.' if browser else ''
+            print(f'The Studio is at http://127.0.0.1:{port}/.{hint} Ctrl+C ends it.', flush=True)
+            return
+        time.sleep(.1)
+
 def run_studio(
     folder: str|Path = 'distilled', # Of the project
-    port: int = 8866,               # Of this machine
+    port: int = 8866,               # Of this machine; the next free one where it is taken
     browser: bool = True,           # Open one
 ) -> int:                           # Exit code; raises ImportError where Voila is missing, `BadInput` for a file
     "Open the Studio in a browser, until interrupted."
@@ -89,13 +109,21 @@ def run_studio(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         notebook = Path(place)/'studio.ipynb'
         notebook.write_text(json.dumps(studio_notebook(folder)), encoding='utf-8')
+        port = _free(port)
         words = [sys.executable, '-m', 'voila', str(notebook), f'--port={port}', '--Voila.ip=127.0.0.1',
-                 '--VoilaConfiguration.show_tracebacks=True', *([] if browser else ['--no-browser'])]
-        process = subprocess.Popen(words)
-        try: return process.wait()
+                 '--Voila.port_retries=0', '--Voila.log_level=ERROR', '--VoilaConfiguration.show_tracebacks=True',
+                 '--Voila.tornado_settings=disable_check_xsrf=True',  # a page that is closed ends its kernel by name
+                 *([] if browser else ['--no-browser'])]
+        process, before = subprocess.Popen(words), None
+        with suppress(ValueError): before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            _announce(process, port, browser)
+            code = process.wait()
+            return 0 if code == -signal.SIGTERM else abs(code)
         except KeyboardInterrupt:
             with suppress(subprocess.TimeoutExpired, KeyboardInterrupt): process.wait(10)
             if process.poll() is None: process.kill()
             return 0
         finally:
             if process.poll() is None: process.terminate()
+            if before is not None: signal.signal(signal.SIGTERM, before)

@@ -90,12 +90,12 @@ class KeyField:
         try: return ApiKey(import_module('google.colab').userdata.get(self.variable))
         except Exception: return None  # not there, or not allowed to this notebook
 
-# %% ../../nbs/13_panels.teacher.ipynb #7d6fbaad
+# %% ../../nbs/13_panels.teacher.ipynb #5c1a4b5a
 _PROVIDERS = {'This computer': 'local', 'OpenAI': 'openai', 'Anthropic': 'anthropic', 'DeepSeek': 'deepseek',
               'OpenAI-compatible server': 'openai-compatible', 'vLLM': 'vllm', 'SGLang': 'sglang',
               'llama.cpp': 'llama.cpp', 'Ollama': 'ollama', 'REST service': 'custom'}
 _KEYS = {'openai': 'OPENAI_API_KEY', 'anthropic': 'ANTHROPIC_API_KEY', 'deepseek': 'DEEPSEEK_API_KEY'}
-_MODELS = {'local': 'smollm2, or a folder', 'openai': 'gpt-4o-mini', 'anthropic': 'claude-haiku-4-5',
+_MODELS = {'local': 'empty for smollm2; or a folder', 'openai': 'gpt-4o-mini', 'anthropic': 'claude-haiku-4-5',
            'deepseek': 'empty for the usual one'}
 _CARD = {'honoured': '✓ honoured', 'ignored': '✗ ignored', 'left out': '– takes none', 'refused': '✗ refused',
          'unknown': '? not known', True: '✓ yes', False: '✗ no'}
@@ -172,10 +172,15 @@ class TeacherPanel(Panel):
         address = self.base_url.value.strip()
         return {'provider': name, 'model': model or None, 'base_url': address or None, **self.options}
 
-    def make(self) -> Teacher: # Raises what `create_teacher` raises; takes seconds for a local model
+    def make(
+        self,
+        job: Job|None = None, # Which says that it waits
+    ) -> Teacher:             # Raises what `create_teacher` raises; takes seconds for a local model
         "The teacher that was chosen."
         with self._lock:
             if self._made is None:
+                if job and self.provider.value == 'local':
+                    job.say('Loading the model; the first time on a computer may take half a minute or more …')
                 key = None if self.provider.value == 'local' else self.key.get()
                 self._made = create_teacher(**self.settings(), **({'api_key': key} if key else {}))
             return self._made
@@ -185,6 +190,12 @@ class TeacherPanel(Panel):
         self.key.forget()
         with self._lock: old, self._made = self._made, None
         if old is not None and not hasattr(old, 'llm'): old.close()
+
+    def leave(self) -> None:
+        "End a question that is asked; let go of a model in this process, which others may still use."
+        super().leave()
+        with self._lock:
+            if hasattr(self._made, 'llm'): self._made = None
 
     def teacher_code(self) -> str: # Python that makes the teacher
         "The lines other panels begin with."
@@ -202,7 +213,10 @@ class TeacherPanel(Panel):
 
     def probe(self) -> None:
         "Find out what the teacher gives."
-        def work(job: Job): return wait_for(self.make().aprobe(again=True), job.stop)
+        def work(job: Job):
+            teacher = self.make(job)
+            job.say(f'{self.words} …')
+            return wait_for(teacher.aprobe(again=True), job.stop)
         def show(card):
             self.card.value = card_table(card)
             for listener in self.listeners: listener()
@@ -213,7 +227,8 @@ class TeacherPanel(Panel):
         "Ask the test question."
         question, longest = self.question.value, self.max_tokens.value
         def work(job: Job):
-            teacher = self.make()
+            teacher = self.make(job)
+            job.say(f'{self.words} …')
             return teacher, wait_for(teacher.agenerate(question, max_tokens=longest), job.stop)
         def show(found):
             self.answer.value = answer_card(*found)
