@@ -160,7 +160,7 @@ def price(
     mean = Usage(*(round(count/n) for count in astuple(usage)))
     return find_price(model).usd(mean, batch)*n
 
-# %% ../nbs/01_pricing.ipynb #923cd1aa
+# %% ../nbs/01_pricing.ipynb #3a0c8abf
 @dataclass(frozen=True)
 class Estimate:
     "What some requests will probably cost."
@@ -170,8 +170,8 @@ class Estimate:
     price: Price
 
     def __str__(self) -> str:
-        return (f'{self.requests} requests, {self.low:.2g} to {self.high:.2g} USD '
-                f'({self.price.source}, {self.price.as_of})')
+        whence = ', '.join(str(known) for known in (self.price.source, self.price.as_of) if known)
+        return f'{self.requests} requests, {self.low:.2g} to {self.high:.2g} USD ({whence})'
 
 # %% ../nbs/01_pricing.ipynb #1fad9d26
 def _text_bytes(messages: list[Message]) -> int: # Never fewer than the tokens of these models' tokenizers

@@ -40,7 +40,7 @@ def _seeded(seed: int|None, device: torch.device):
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/02_teachers.local.ipynb #979a8505
+# %% ../../nbs/02_teachers.local.ipynb #823a94e4
 @register_teacher('local')
 class LocalTeacher(Teacher):
     "A causal language model in this process."
@@ -61,6 +61,7 @@ class LocalTeacher(Teacher):
         place = getattr(model, 'name_or_path', '') if loaded else find_model(model or 'smollm2')
         name = Path(place).name or 'local'
         options.pop('concurrency', None)
+        options = {'timeout': 3600, **options}  # a slow machine is not a dead one
         terms = {} if price else dict(zip(('training', 'terms'), self._model_terms(place)))
         super().__init__(name, cache_as or f'local:{place if loaded else fingerprint(place)}', concurrency=1,
                          price=price or Price(name, None, 0., 0., source='runs here', **terms), **options)

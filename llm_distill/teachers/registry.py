@@ -87,13 +87,13 @@ def teacher_settings(
     own -= {'provider', 'base_url'}
     return {'provider': 'local', **{k: v for k, v in settings.items() if k in own}}
 
-# %% ../../nbs/02_teachers.registry.ipynb #b1a314d7
+# %% ../../nbs/02_teachers.registry.ipynb #c3d9c6b2
 def create_teacher(
     provider: str|None = None,  # openai, deepseek, anthropic, openai-compatible, custom, local, ...; None: see `config`
     model: str|None = None,     # The model's name there
     api_key: str|None = None,   # None reads the provider's own variable, e.g. OPENAI_API_KEY
     base_url: str|None = None,  # Its address, where it is not the provider's usual one
-    timeout: float|None = None, # Seconds for one attempt; 60 if nothing is said
+    timeout: float|None = None, # Seconds for one attempt; 60 if nothing is said, 3600 for a local model
     max_retries: int|None = None,    # Further attempts after a failure that may pass; 3 if nothing is said
     retry_delay: float|None = None,  # Seconds, the first bound of the random wait before another attempt; 1 if not said
     config: Mapping|str|Path|None = None, # A dict or a JSON file; it and the environment fill in what is not said here
