@@ -4,9 +4,11 @@ import sys
 import tarfile
 import venv
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_a_wheel_from_the_source_release_works_in_a_clean_environment(tmp_path):
     build = [sys.executable, '-m', 'build', '--outdir', tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True)
