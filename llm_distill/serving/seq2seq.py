@@ -140,11 +140,11 @@ class Seq2SeqEngine(Engine):
         self.slots.wipe(slot)
 
 # %% ../../nbs/10_serving.seq2seq.ipynb #43505e32
-def _found(words: Voice, said: list[int], stop: list[str]) -> list[Piece]: # All of an answer in one piece
-    end = next((i for i, t in enumerate(said) if t in words.ends), None)
+def _found(words: Voice, said: list[int], sampling: Sampling) -> list[Piece]: # All of an answer in one piece
+    end = None if sampling.ignore_eos else next((i for i, t in enumerate(said) if t in words.ends), None)
     said = said if end is None else said[:end + 1]
     data = b''.join(words.bytes_of[t] for t in said if t not in words.hidden)
-    text = TextStream(stop)
+    text = TextStream(sampling.stop)
     shown = text.push(data.removeprefix(b' ') if words.spaced else data, True)
     return [Piece(shown, said[-1], finish='length' if end is None and not text.stopped else 'stop', tokens=len(said))]
 
@@ -190,12 +190,13 @@ class Seq2SeqService(Service):
 
     def _find(self, ids, sampling, beams, n, gone) -> list[list[Piece]]:
         model, row = self.engine.slots.model, torch.tensor([ids], device=self.engine.slots.device)
-        penalty = {} if sampling.repetition_penalty == 1 else {'repetition_penalty': sampling.repetition_penalty}
+        rules = {} if sampling.repetition_penalty == 1 else {'repetition_penalty': sampling.repetition_penalty}
+        if sampling.ignore_eos: rules['eos_token_id'] = None
         out = model.generate(row, attention_mask=torch.ones_like(row), num_beams=beams, num_return_sequences=n,
                              do_sample=False, max_new_tokens=sampling.max_tokens, forced_eos_token_id=None,
-                             stopping_criteria=[Gone(gone)], **penalty)
+                             stopping_criteria=[Gone(gone)], **rules)
         self.engine.stats.requests += 1
-        return [_found(self.engine.words, said[1:], sampling.stop) for said in out.tolist()]
+        return [_found(self.engine.words, said[1:], sampling) for said in out.tolist()]
 
     async def complete(self, body: CompletionRequest):
         "Answer texts; raises `Refused`, `ServerBusy` or `ServerError`."
