@@ -2211,6 +2211,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots._agree': ( 'serving.slots.html#_agree',
                                                                                  'llm_distill/serving/slots.py'),
+                                           'llm_distill.serving.slots._by_products': ( 'serving.slots.html#_by_products',
+                                                                                       'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots._compiled': ( 'serving.slots.html#_compiled',
                                                                                     'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots._products': ( 'serving.slots.html#_products',

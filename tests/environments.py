@@ -14,7 +14,8 @@ def over_this_one(folder: Path, *wanted: str) -> Path:
     python = folder/('Scripts' if os.name == 'nt' else 'bin')/'python'
     home = subprocess.run([python, '-c', 'import site; print(site.getsitepackages()[-1])'], capture_output=True,
                           text=True, check=True).stdout.strip()
-    outer = [f'import site; site.addsitedir({place!r})' for place in site.getsitepackages()]  # its editable installs too
+    # Through addsitedir, for editable installs
+    outer = [f'import site; site.addsitedir({place!r})' for place in site.getsitepackages()]
     (Path(home)/'zz_outer.pth').write_text('\n'.join(outer))
     subprocess.run([python, '-m', 'pip', 'install', '-q', *wanted], check=True)
     return python

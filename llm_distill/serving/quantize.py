@@ -25,8 +25,9 @@ class Int8Linear(nn.Module):
 
     def _whole(self, x): # The product in units of the rows' scales, float32, and these
         r = x.abs().amax(-1, keepdim=True).float().clamp_min_(1e-12).mul_(1/127)
-        rows = (x/r).round_().to(torch.int8).view(-1, self.in_features)  # more dimensions take a slower way
-        y = torch.ops.onednn.qlinear_pointwise(rows, 1., 0, self.packed, self.scale, self.zeros, None, 1., 0,
+        # Unsigned, 128 for zero: what all units for int8 take. Whole numbers by cutting; more dimensions take a slower way
+        rows = (x/r).add_(128.5).to(torch.uint8).view(-1, self.in_features)
+        y = torch.ops.onednn.qlinear_pointwise(rows, 1., 128, self.packed, self.scale, self.zeros, None, 1., 0,
                                                torch.float32, 'none', [], '')
         return y.view(*x.shape[:-1], -1), r
 

@@ -17,7 +17,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
+from ..device import cpu_flags
 from ..types import BadInput, ServerError
+
+# %% ../../nbs/10_serving.slots.ipynb #145650c9
+# Types for which torch's own kernel is slow here, or has sums that depend on the thread
+_BY_PRODUCTS = {torch.float32} if 'amx_bf16' in cpu_flags() else {torch.float32, torch.bfloat16}
+
+def _by_products(rows, key, value, mask, scaling): # (B, Hk, few, D), as `scaled_dot_product_attention`
+    (batch, heads, few, width), length = rows.shape, key.shape[2]
+    key, value = (x.contiguous().view(batch*heads, length, -1) for x in (key, value))
+    scores = torch.bmm(rows.reshape(batch*heads, few, width), key.transpose(1, 2)).view(batch, heads, few, length)
+    if mask.dtype == torch.bool: mask = torch.zeros_like(mask, dtype=rows.dtype).masked_fill_(~mask, -torch.inf)
+    shares = torch.add(mask, scores, alpha=width**-.5 if scaling is None else scaling).softmax(-1)
+    return torch.bmm(shares.view(batch*heads, few, length), value).view(batch, heads, few, -1)
 
 # %% ../../nbs/10_serving.slots.ipynb #634c82a6
 ATTENTION = 'llm_distill_slots'
@@ -40,8 +53,10 @@ def grouped_attention(
         attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - length)[None, None]
     if length > 1 and groups > 1: attention_mask = attention_mask.repeat(1, 1, groups, 1)
     rows = query.reshape(batch, key.shape[1], groups*length, width)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(batch, heads, length, width).transpose(1, 2), None
+    few = length == 1 and query.device.type == 'cpu' and query.dtype in _BY_PRODUCTS
+    if few: out = _by_products(rows, key, value, attention_mask, scaling)
+    else: out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(batch, heads, length, -1).transpose(1, 2), None
 
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -53,9 +68,8 @@ class _Places:
         self.slots, self.capacity = slots, capacity
         self.filling = []  # (slot, first place, end) of prompts that are being read
         self.position = torch.zeros(slots, dtype=torch.long, device=device) # where each slot writes next
-        self.begin = torch.arange(0, slots*capacity, capacity, device=device)
         self.width = 0  # how far is looked
-        self.first, self.now = 0, None  # the first slot of a step, and where it writes, (rows,)
+        self.first, self.now = 0, None  # the first slot of a step, and where each writes, (rows,)
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     "On a CPU what nobody has written to takes no memory; by small pages, as each text begins far from the next."
@@ -65,7 +79,7 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 class _SlotLayer(CacheLayerMixin):
-    "Keys and values of one layer, (slots, heads, capacity, head_dim); all heads of a place lie together."
+    "Keys and values of one layer, (slots, heads, capacity, head_dim)."
     def __init__(self, places: _Places): super().__init__(); self.places, self.is_initialized = places, True
     def lazy_initialization(self, *_): pass
     def get_mask_sizes(self, query_length): return self.places.width, 0
@@ -76,14 +90,15 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, keys, values, *args, **kwargs):
         p = self.places
         if self.keys is None:
-            self.flat = [_zeros((p.slots*p.capacity, x.shape[1]*x.shape[3]), x) for x in (keys, values)]
-            self.keys, self.values = (flat.view(p.slots, p.capacity, *x.shape[1::2]).transpose(1, 2)
-                                      for flat, x in zip(self.flat, (keys, values)))
+            shape = p.slots, keys.shape[1], p.capacity
+            self.keys, self.values = (_zeros((*shape, x.shape[3]), x) for x in (keys, values))
+            ends = p.slots*keys.shape[1]*p.capacity
+            self.begin = torch.arange(0, ends, p.capacity, device=keys.device).view(shape[:2])  # rows, of all places
         if p.filling: return self._fill(keys, values)
-        now, flat = p.now.to(keys.device), self.flat  # layers may be on several devices
-        if torch.compiler.is_compiling():  # it takes no two views of what it writes to
-            flat = [x.transpose(1, 2).view(p.slots*p.capacity, -1) for x in (self.keys, self.values)]
-        for rows, x in zip(flat, (keys, values)): rows.index_copy_(0, now, x.transpose(1, 2).flatten(1))
+        now = p.now.to(keys.device)  # layers may be on several devices
+        rows = (self.begin[p.first:p.first + len(now)] + now[:, None]).flatten()
+        for held, new in zip((self.keys, self.values), (keys, values)):
+            held.view(-1, held.shape[3]).index_copy_(0, rows, new.flatten(0, 2))
         return tuple(x[p.first:p.first + len(now), :, :p.width] for x in (self.keys, self.values))
 
     def _fill(self, keys, values): # Only the ends of the rows are of the prompts
@@ -136,7 +151,7 @@ def pieces_together(
     inner = [m for m in _products(model) if m is not head]
     def agree(n): # the head sees one row of each
         return all(_agree(model, m, length, n*length) for m in inner) and _agree(model, head, 1, n)
-    return [n for n in (1, 2, 4) if n*length <= 256 and agree(n)]
+    return [n for n in range(1, 256//length + 1) if agree(n)]
 
 # %% ../../nbs/10_serving.slots.ipynb #63116f14
 def _compiled(model, mode: str, static: bool):
@@ -148,7 +163,7 @@ def _compiled(model, mode: str, static: bool):
 class SlotModel:
     "A causal LM with slots: read some prompts, write in all."
     chunk = 128  # tokens of a prompt that are read together; prompts are cut at its multiples
-    lengths = 64, 128  # and the pieces are padded to one of these
+    lengths = 32, 64, 96, 128  # and the pieces are padded to one of these
 
     def __init__(
         self,
@@ -254,7 +269,7 @@ class SlotModel:
     def _rows(self, tokens, here, first) -> torch.Tensor: # (len(here), V)
         p, count = self.places, next(n for n in self.counts if n > max(here) - first)
         position = p.position[first:first + count]
-        p.first, p.now = first, p.begin[first:first + count] + position
+        p.first, p.now = first, position
         p.width = self.capacity if self.static else (max(len(self.held[slot]) for slot in here)//64 + 1)*64
         ids = torch.tensor([[tokens.get(slot, 0)] for slot in range(first, first + count)], device=self.device)
         seen = torch.arange(p.width, device=self.device)[None] <= position[:, None]
