@@ -63,6 +63,7 @@ def test_notebooks_store_no_widgets_nor_heavy_outputs():
         text = path.read_text(encoding='utf-8')
         assert 'application/vnd.jupyter.widget' not in text, path.name
         outputs = [o for c in json.loads(text)['cells'] for o in c.get('outputs', [])]
+        assert 'site-packages' not in json.dumps(outputs), f'{path.name}: a warning with a path of somebody'
         images = [o['data']['image/png'] for o in outputs if 'image/png' in o.get('data', {})]
         assert all(len(image) < 70_000 for image in images), f'{path.name}: an image over 50 kB'
 

@@ -149,6 +149,27 @@ def test_the_gguf_file_in_a_folder_is_found(tmp_path):
     with pytest.raises(NoSuchModel, match='several GGUF files.* a.gguf, b.gguf'): find_model(tmp_path)
 
 
+@pytest.mark.parametrize('units', ['DEFAULT', 'AVX512_CORE', 'AVX2'])
+def test_int8_is_right_on_older_processors(units):
+    code = """
+import torch
+from torch import nn
+from llm_distill.serving.quantize import Int8Linear
+torch.manual_seed(0)
+linear, x = nn.Linear(256, 32), 1 + torch.rand(9, 256)
+with torch.no_grad():
+    linear.weight.uniform_(.1, .2)  # sums of pairs that 16 bits do not hold
+    print(float((Int8Linear(linear)(x) - linear(x)).norm()/linear(x).norm()))"""
+    said = subprocess.run([sys.executable, '-c', code], env=os.environ | {'ONEDNN_MAX_CPU_ISA': units}, text=True,
+                          capture_output=True, check=True).stdout
+    assert float(said) < .02
+
+
+def test_int8_serves(folder):
+    with command(folder, '--quantize', 'int8', '--port', 0) as url:
+        assert len(completed(url)) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('static', [False, True])
 def test_a_compiled_model_says_the_same(folder, static):

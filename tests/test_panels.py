@@ -306,6 +306,23 @@ def test_collecting_is_estimated_stopped_resumed_and_browsed(tmp_path):
         assert found['answers'].from_cache == 60 and len(panel.run()) == 60 and len(provider.requests) == 60
 
 
+def test_what_a_teacher_is_asked_goes_on_while_another_is_chosen(tmp_path):
+    with LoopbackProvider(delay_s=.05) as provider:
+        async def use():
+            teacher = TeacherPanel('openai-compatible', 'loopback-1', provider.url)
+            panel = CollectPanel(teacher, tmp_path, '\n'.join(f'question {i}' for i in range(60)), max_tokens=5)
+            panel.start_button.click()
+            await until(lambda: len(provider.requests) > 4)
+            first, asking, ended = teacher.make(), panel.job.thread, []
+            close, first.close = first.close, lambda: ended.append(not asking.is_alive()) or close()
+            teacher.model.value = 'loopback-2'
+            await panel.idle()
+            await until(lambda: ended)
+            return panel.status.value, ended, teacher.make() is first
+        said, ended, same = asyncio.run(use())
+    assert '60 answers are there: 60 asked' in said and ended == [True] and not same
+
+
 def test_errors_of_collecting_are_counted_by_kind(tmp_path):
     (tmp_path/'asked.jsonl').write_text('{"prompt": "good"}\n{"prompt": ""}\n{"question": "what?"}\n')
     with LoopbackProvider() as provider:

@@ -118,6 +118,7 @@ class TeacherPanel(Panel):
         key = ApiKey(options.pop('api_key')) if options.get('api_key') else None
         self._given = provider, model, base_url, question, max_tokens
         self.options, self._made, self._lock, self.listeners = options, None, threading.Lock(), []
+        self._users = set()  # threads of panels that took the teacher, and may be at work with it
         super().__init__()
         if key: self.key.hold(key)
 
@@ -157,10 +158,16 @@ class TeacherPanel(Panel):
     def _changed(self) -> None:
         "A setting is another one: so is the teacher."
         self.screen.now(self._guard, self._fit)
-        with self._lock: old, self._made = self._made, None
-        if old is not None: threading.Thread(target=old.close, daemon=True).start()
+        with self._lock: (old, users), self._made, self._users = (self._made, self._users), None, set()
+        if old is not None: threading.Thread(target=self._close, args=(old, users), daemon=True).start()
         self.screen.now(self.show_code)
         for listener in self.listeners: self.screen.now(listener)
+
+    @staticmethod
+    def _close(teacher: Teacher, users: set[threading.Thread]) -> None:
+        "Once nobody is at work with it any more."
+        for thread in users: thread.join()
+        teacher.close()
 
     def scrub(self, words: str) -> str:
         return self.key.key.scrub(words) if self.key.key else words
@@ -183,6 +190,8 @@ class TeacherPanel(Panel):
                     job.say('Loading the model; the first time on a computer may take half a minute or more …')
                 key = None if self.provider.value == 'local' else self.key.get()
                 self._made = create_teacher(**self.settings(), **({'api_key': key} if key else {}))
+            self._users = {t for t in self._users if t.is_alive()}
+            if (user := threading.current_thread()) is not threading.main_thread(): self._users.add(user)
             return self._made
 
     def release(self) -> None:

@@ -6,6 +6,8 @@
 __all__ = ['Int8Linear', 'quantize_for_cpu', 'bitsandbytes_config']
 
 # %% ../../nbs/10_serving.quantize.ipynb #69fdd730
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -13,22 +15,30 @@ from .fuse import replace_modules
 from ..types import BadInput, missing_package
 
 # %% ../../nbs/10_serving.quantize.ipynb #6c1b342b
+def _product(rows, packed, scale, zeros): # Of whole numbers about 128 with packed ones, in units of `scale`; float32
+    return torch.ops.onednn.qlinear_pointwise(rows, 1., 128, packed, scale, zeros, None, 1., 0, torch.float32,
+                                              'none', [], '')
+
+@lru_cache
+def _largest() -> int: # What weights may be, with which this machine's products are exact
+    rows, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(16, dtype=torch.int32)
+    return 127 if bool((_product(rows, packed, torch.ones(16), zeros) == 127*127*64).all()) else 63
+
 class Int8Linear(nn.Module):
     "A linear layer with weights and inputs in 8 bits, on a CPU."
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features, weight = linear.in_features, linear.out_features, linear.weight.float()
-        scale = weight.abs().amax(1).clamp_min(1e-12)/127
+        scale = weight.abs().amax(1).clamp_min(1e-12)/_largest()
         whole = (weight/scale[:, None]).round().to(torch.int8)
         self.packed, self.scale = torch.ops.onednn.qlinear_prepack(whole, None), scale
         self.zeros, self.bias = torch.zeros(len(scale), dtype=torch.int32), linear.bias
 
     def _whole(self, x): # The product in units of the rows' scales, float32, and these
         r = x.abs().amax(-1, keepdim=True).float().clamp_min_(1e-12).mul_(1/127)
-        # Unsigned, 128 for zero: what all units for int8 take. Whole numbers by cutting; more dimensions take a slower way
-        rows = (x/r).add_(128.5).to(torch.uint8).view(-1, self.in_features)
-        y = torch.ops.onednn.qlinear_pointwise(rows, 1., 128, self.packed, self.scale, self.zeros, None, 1., 0,
-                                               torch.float32, 'none', [], '')
+        rows = (x/r).add_(128.5).to(torch.uint8).view(-1, self.in_features)  # more dimensions take a slower way
+        y = _product(rows, self.packed, self.scale, self.zeros)
         return y.view(*x.shape[:-1], -1), r
 
     def forward(self, x): # (..., in_features) to (..., out_features)
