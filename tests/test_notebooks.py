@@ -1,4 +1,4 @@
-"Every notebook runs, one case each, by nbdev's own engine; tutorials in a real kernel."
+"Every notebook runs, one case each: tutorials, which take longest, first and in a real kernel, others by nbdev."
 import json
 import os
 import subprocess
@@ -15,12 +15,6 @@ def run(notebook) -> subprocess.CompletedProcess:
     return subprocess.run([test, notebook], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: p.stem)
-def test_notebook(notebook):
-    done = run(notebook)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda p: p.stem)
 def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
     script = [sys.executable, '-c', EXECUTE, str(tutorial), str(tmp_path/'done.ipynb'), str(tmp_path)]
@@ -32,3 +26,9 @@ def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
     assert took <= 3*stated_seconds(tutorial), f'{took:.0f} s of work: the line about time is wrong'
     now, stored = (promised(json.loads(p.read_text(encoding='utf-8'))) for p in (tmp_path/'done.ipynb', tutorial))
     assert now == stored
+
+
+@pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: p.stem)
+def test_notebook(notebook):
+    done = run(notebook)
+    assert done.returncode == 0, done.stdout + done.stderr

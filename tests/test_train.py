@@ -274,7 +274,7 @@ WAYS = {'whole weights': ['--multi_gpu'],
         'FSDP2': ['--use_fsdp', '--fsdp_version', '2', '--fsdp_auto_wrap_policy', 'TRANSFORMER_BASED_WRAP']}
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', [way if way != 'FSDP2' else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_two_processes_give_the_curve_of_one(tmp_path, answers, student, curve_of_one, way):
     launch = [sys.executable, '-m', 'accelerate.commands.launch', *WAYS[way], '--num_processes', '2',
               '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',

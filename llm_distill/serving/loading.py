@@ -88,6 +88,12 @@ def _open_seq2seq(options: ServeOptions) -> Service:
 # %% ../../nbs/10_serving.loading.ipynb #88da4605
 _QUEUE = 4096  # answers that may wait; a request may want many
 
+def _copied(model, options: ServeOptions): # As if loaded: only weights take the type, no frequencies of positions
+    model, dtype = copy.deepcopy(model).to(pick_device(options.device)).eval(), serving_dtype(options)
+    for p in model.parameters():
+        if p.is_floating_point(): p.data = p.data.to(dtype)
+    return model
+
 def _opened(options: ServeOptions, model, tokenizer) -> Service:
     kind = ('decoder', 'chat') if model is not None else seq2seq.kind_of(
         find_model(options.model), options.architecture, options.task)
@@ -95,7 +101,7 @@ def _opened(options: ServeOptions, model, tokenizer) -> Service:
     if kind[0] == 'encoder-decoder': return _open_seq2seq(options)
     name = options.name or Path(find_model(options.model) if model is None else options.model).name
     if model is None: model, tokenizer = _load(options)
-    else: model = copy.deepcopy(model).to(pick_device(options.device), serving_dtype(options)).eval()
+    else: model = _copied(model, options)
     if options.prompt_template:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template(options.prompt_template)
