@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['cpu_flags', 'cpu_name', 'Choice', 'choose', 'product_speed', 'step_flops', 'DeviceReport', 'device_report',
-           'kept_memory']
+           'kept_memory', 'release_threads']
 
 # %% ../nbs/06c_device.ipynb #10d8c5fa
 import ctypes
 import platform
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -155,3 +155,15 @@ def kept_memory():
         for name, value in ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26)):
             libc.mallopt(name, value)
         libc.malloc_trim(0)
+
+# %% ../nbs/06c_device.ipynb #36f44a84
+@lru_cache(1)
+def _libgomp() -> ctypes.CDLL|None: # The one that torch computes with
+    for file in Path(torch.__file__).parent.glob('lib/libgomp*'):
+        with suppress(OSError): return ctypes.CDLL(str(file))
+
+_SOFT = 1  # omp_pause_soft of OpenMP 5.0: settings stay
+
+def release_threads() -> bool: # Whether something was done
+    "Let go of the threads that help this one to compute; with its next large operation they are there again (Linux)."
+    return bool(lib := _libgomp()) and lib.omp_pause_resource_all(_SOFT) == 0

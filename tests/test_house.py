@@ -15,11 +15,12 @@ from conftest import ROOT
 PACKAGE = ROOT/'llm_distill'
 BIN = Path(sys.executable).parent
 # From the ground up; a module imports only from names to the left of its own.
-LAYERS = ['types', 'folders', 'pricing', 'models', 'teachers', 'packing', 'database', 'tables', 'query', 'browse',
-          'cache', 'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'align', 'turns', 'targets',
-          'sequences', 'shards', 'losses', 'fused', 'objective', 'capture', 'device', 'activations', 'rollout',
+# The engine of the server also writes for local teachers, so it lies below them.
+LAYERS = ['types', 'folders', 'pricing', 'models', 'device', 'serving', 'teachers', 'packing', 'database', 'tables',
+          'query', 'browse', 'cache', 'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'align', 'turns',
+          'targets', 'sequences', 'shards', 'losses', 'fused', 'objective', 'capture', 'activations', 'rollout',
           'importance', 'student', 'saving', 'train', 'evaluate', 'details', 'distill', 'recipe', 'judge', 'plots',
-          'report', 'compare', 'serving', 'tuning', 'progress', 'panels', 'demo', 'cli']
+          'report', 'compare', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 

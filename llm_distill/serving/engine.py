@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..device import release_threads
 from .fuse import fuse
 from .sampling import Sampling
 from .slots import SlotModel, bytes_per_token
@@ -99,7 +100,10 @@ class _Work:
 
     def _once(self):
         with self._work:
-            while not (self._waiting or self._at or self._tasks or self.ended): self._work.wait()
+            if not (self._waiting or self._at or self.remember): self.slots.forget()
+            while not (self._waiting or self._at or self._tasks or self.ended):
+                release_threads()  # or whoever trains meanwhile is slowed down
+                self._work.wait()
         began = time.perf_counter()
         try: self._turn()
         except Exception as e: self._broken(e)
@@ -216,6 +220,7 @@ class Engine(_Line, _Work):
         queue: int = 1000,       # How many may wait
         memory: float|None = None, # Bytes for keys and values; None takes up to 60 % of what is free
         budget: int = 256,       # Tokens of prompts that are read between two steps
+        remember: bool = True,   # Beginnings of prompts, also while nobody asks; not if weights may change meanwhile
         fused: bool = False,     # Change the model for speed, so that it is good for nothing else
         trace: str|None = None,  # A file for the first 200 turns, operation by operation (chrome://tracing)
         **how,                   # What else `SlotModel` takes
@@ -224,6 +229,7 @@ class Engine(_Line, _Work):
         window = getattr(config, 'sliding_window', None) or max_context
         known = getattr(config, 'max_position_embeddings', None) or max_context
         self.max_context, self.budget, self.queue = min(max_context, known, window), budget, queue
+        self.remember = remember
         each = self.max_context*bytes_per_token(config, model.dtype)
         room = .6*free_memory(model.device) if memory is None else memory
         if each > room:
@@ -291,9 +297,13 @@ class Engine(_Line, _Work):
 
     def cancel(self, job: Job) -> None: job.cancelled = self._gone = True
 
+    def end(self) -> None:
+        "End all answers, without waiting for the thread."
+        with self._work: self.ended = self.ended or 'the engine is closed'; self._work.notify()
+
     def close(self, drain: float = 0.) -> None: # Seconds that answers may still take
         "End all answers and the thread."
         until = time.monotonic() + drain
         while drain and time.monotonic() < until and not self.ended and sum(self.load.values()): time.sleep(.05)
-        with self._work: self.ended = self.ended or 'the engine is closed'; self._work.notify()
+        self.end()
         self._thread.join()

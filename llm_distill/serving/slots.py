@@ -277,6 +277,10 @@ class SlotModel:
         rows = [slot - first for slot in here]
         return logits[:len(rows)] if rows == [*range(len(rows))] else logits[rows]
 
+    def forget(self) -> None:
+        "Nothing that was read is of use any more, as when the weights have changed."
+        self.held = [[] for _ in self.held]
+
     def wipe(self, slot: int) -> None:
         "Forget what a failed answer left behind: a NaN that is masked out is still a NaN."
         self.held[slot] = []

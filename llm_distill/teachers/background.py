@@ -41,6 +41,7 @@ def run(coroutine): # Its result; raises what it raises
     if loop_here() is loop:
         coroutine.close()
         raise RuntimeError('this code runs in the background loop already: await the coroutine instead')
+    if device := sys.modules.get('llm_distill.device'): device.release_threads()  # a model may work meanwhile
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
         while not wait([future], .2).done: pass  # short waits let an interrupt in on every system

@@ -7,40 +7,35 @@ __all__ = ['LocalTeacher']
 
 # %% ../../nbs/02_teachers.local.ipynb #d9802f4f
 import asyncio
+import queue
 import threading
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from ..device import release_threads
 from ..models import encode_chat, find_model, fingerprint, load_model, load_tokenizer, token_bytes
 from ..pricing import Price
 from .asking import Size
 from .base import Teacher, register_teacher
-from .logits import score_rows, top_k_rows
-from ..types import BadInput, Completion, Message, Usage
-
-# %% ../../nbs/02_teachers.local.ipynb #857a85be
-class _Stop(StoppingCriteria):
-    "Ends a generation when its caller has gone, or when one of the strings is there."
-    def __init__(self, gone: threading.Event, decode, strings: list[str]):
-        self.gone, self.decode, self.strings = gone, decode, strings
-
-    def __call__(self, ids, scores, **kwargs):
-        ends = self.gone.is_set() or (self.strings and any(s in self.decode(ids[0]) for s in self.strings))
-        return torch.full((len(ids),), bool(ends), device=ids.device)
-
-@contextmanager
-def _seeded(seed: int|None, device: torch.device):
-    "Sampling from `seed` on, with the world's random state as it was afterwards."
-    if seed is None: yield; return
-    kind = device.type if device.type in ('cuda', 'mps') else 'cuda'
-    with torch.random.fork_rng([device] if device.type == 'cuda' else [], device_type=kind):
-        torch.manual_seed(seed)
-        yield
+from .logits import score_rows
+from .rate import RateControl
+from .writer import Writer
+from ..serving.sampling import Sampling
+from ..serving.words import Piece
+from ..types import BadInput, BadReply, Completion, Message, TokenLogprobs, Usage, as_messages
 
 # %% ../../nbs/02_teachers.local.ipynb #823a94e4
+def _rows(pieces: list[Piece]) -> TokenLogprobs:
+    return TokenLogprobs([p.token for p in pieces], np.array([p.logprob for p in pieces], np.float32),
+                         [[token for _, token, _ in p.top] for p in pieces],
+                         [np.array([value for *_, value in p.top], np.float32) for p in pieces],
+                         [np.array([i for i, *_ in p.top]) for p in pieces])
+
 @register_teacher('local')
 class LocalTeacher(Teacher):
     "A causal language model in this process."
@@ -54,23 +49,22 @@ class LocalTeacher(Teacher):
         device: str|None = None,    # "cpu", "cuda", "mps"; None takes the best there is
         dtype: torch.dtype|None = None, # None takes what suits the device
         price: Price|None = None,   # None: it costs nothing but time
+        concurrency: int|None = None, # Answers that are written at the same time; None takes 16 on a CPU, else 32
         **options,                  # As for `Teacher`
     ):
         loaded = isinstance(model, torch.nn.Module)
         if loaded and tokenizer is None: raise BadInput('a loaded model needs its tokenizer=')
         place = getattr(model, 'name_or_path', '') if loaded else find_model(model or 'smollm2')
         name = Path(place).name or 'local'
-        options.pop('concurrency', None)
         options = {'timeout': 3600, **options}  # a slow machine is not a dead one
         terms = {} if price else dict(zip(('training', 'terms'), self._model_terms(place)))
-        super().__init__(name, cache_as or f'local:{place if loaded else fingerprint(place)}', concurrency=1,
+        super().__init__(name, cache_as or f'local:{place if loaded else fingerprint(place)}',
+                         concurrency=1 if concurrency is None else concurrency,
                          price=price or Price(name, None, 0., 0., source='runs here', **terms), **options)
         self.llm = model.eval() if loaded else load_model(place, device, dtype)
         self.tokenizer = tokenizer or load_tokenizer(place)
-        self.names, self.lock = token_bytes(self.tokenizer), threading.Lock()
-
-    def __getstate__(self): return super().__getstate__() | {'lock': None}
-    def __setstate__(self, state): super().__setstate__(state | {'lock': threading.Lock()})
+        self.names, self.writer = token_bytes(self.tokenizer), Writer(self.llm, self.tokenizer, concurrency)
+        self.rate = RateControl(self.writer.slots)  # which depend on where the model is now
 
     @staticmethod
     def _model_terms(place: str):
@@ -84,41 +78,63 @@ class LocalTeacher(Teacher):
         if unknown := set(params) - set(known):
             raise BadInput(f'a local model takes {", ".join(known)}, not {", ".join(sorted(unknown))}')
         body = known | params
-        if body['max_tokens'] < 1 or body['temperature'] < 0:
-            raise BadInput('max_tokens is 1 or more, temperature 0 or more')
+        if body['max_tokens'] < 1 or body['temperature'] < 0 or body['top_k'] < 0 or not 0 < body['top_p'] <= 1:
+            raise BadInput('max_tokens is 1 or more, temperature and top_k 0 or more, top_p above 0 and at most 1')
         if body['temperature'] == 0: body['seed'] = None  # nothing is drawn
         return {'model': self.model, 'messages': messages, **{k: v for k, v in body.items() if v is not None}}
 
-    async def attempt(self, request: dict) -> Completion:
-        gone = threading.Event()
-        try: return await asyncio.to_thread(self._generate, request, gone)
-        finally: gone.set()  # after a timeout or a cancellation, the thread ends with its next token
-
-    @torch.inference_mode()
-    def _generate(self, request: dict, gone) -> Completion:
-        prompt = encode_chat(self.tokenizer, request['messages'])
+    def _asked(self, request: dict) -> tuple[list[int], Sampling]:
+        "A prompt's tokens, and how to go on."
+        prompt, stop = encode_chat(self.tokenizer, request['messages']), request.get('stop') or []
         room = self._context() - len(prompt)
         if room < 1: raise BadInput(f'{self.model} reads {self._context()} tokens at most, and this is {len(prompt)}')
-        k, stop, warm = request.get('logprobs'), request.get('stop') or [], request['temperature'] > 0
-        stop = [stop] if isinstance(stop, str) else stop
-        def said(ids): return self.tokenizer.decode(ids[len(prompt):], skip_special_tokens=True)
-        ends = self.llm.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
-        config = GenerationConfig(
-            max_new_tokens=min(request['max_tokens'], room), do_sample=warm, eos_token_id=ends,
-            pad_token_id=self.tokenizer.pad_token_id, output_logits=bool(k), return_dict_in_generate=True,
-            **({name: request[name] for name in ('temperature', 'top_p', 'top_k')} if warm else {}))
-        with self.lock, _seeded(request.get('seed'), self.llm.device):
-            ids = torch.tensor([prompt], device=self.llm.device)
-            out = self.llm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config,
-                                    stopping_criteria=StoppingCriteriaList([_Stop(gone, said, stop)]))
-        new, text = out.sequences[0, len(prompt):], said(out.sequences[0])
-        done = new[-1].item() in ends
-        spoken = new[:-1] if done else new
-        cut = min((i for i in (text.find(s) for s in stop) if i >= 0), default=None)
-        rows = top_k_rows(torch.cat(out.logits)[:len(spoken)], spoken, k, self.names) if k and len(spoken) else None
-        return Completion(text[:cut], 'stop' if done or cut is not None else 'length', Usage(len(prompt), len(new)),
-                          self.model, rows)
+        how = {name: request[name] for name in ('temperature', 'top_p', 'top_k', 'seed') if name in request}
+        return prompt, Sampling(min(request['max_tokens'], room), stop=[stop] if isinstance(stop, str) else stop,
+                                top_logprobs=request.get('logprobs') or None, **how)
+
+    async def attempt(self, request: dict) -> Completion:
+        prompt, sampling = self._asked(request)
+        release_threads()  # of the loop's thread, which may be a notebook's own
+        await asyncio.to_thread(self.writer.open)
+        done = Future()
+        job = self.writer.submit(prompt, sampling, done.set_result, stream=False)
+        try: return self._completion(prompt, sampling, await asyncio.wrap_future(done))
+        finally: self.writer.cancel(job)  # after a timeout or a cancellation, it ends with the next token
+
+    def _completion(self, prompt: list[int], sampling: Sampling, pieces: list[Piece]) -> Completion:
+        last = pieces[-1]
+        if last.finish == 'error':
+            raise BadReply(f'{self.model} failed on this request; the log of llm_distill says why')
+        spoken = [p for p in pieces if p.token]  # the end has no bytes
+        text = self.tokenizer.decode([p.id for p in spoken], skip_special_tokens=True)
+        cut = min((i for i in (text.find(s) for s in sampling.stop) if i >= 0), default=None)
+        rows = _rows(spoken) if sampling.top_logprobs and spoken else None
+        return Completion(text[:cut], last.finish, Usage(len(prompt), last.tokens), self.model, rows)
+
+    def stream(
+        self,
+        messages: str|list[Message],
+        on_text: Callable[[str], None],     # Called with what was added, in this thread
+        stop: threading.Event|None = None,  # Ends the answer early
+        **params,                           # As for `generate`
+    ) -> Usage:
+        "Tell of an answer while it is written."
+        prompt, sampling = self._asked(self.request(as_messages(messages), **params))
+        said, last = queue.SimpleQueue(), None
+        job = self.writer.submit(prompt, sampling, said.put)
+        try:
+            while not (last and last.finish) and not (stop and stop.is_set()):
+                try: pieces = said.get(timeout=.1)
+                except queue.Empty: continue
+                last = pieces[-1]
+                if last.finish == 'error': self._completion(prompt, sampling, pieces)
+                if text := ''.join(p.text for p in pieces): on_text(text)
+        finally: self.writer.cancel(job)
+        return Usage(len(prompt), last.tokens if last else 0)
+
+    def close(self) -> None:
+        "Let go of the memory that answers take; it is there again when the teacher is asked."
+        self.writer.close()
 
     def _context(self) -> int: return getattr(self.llm.config, 'max_position_embeddings', None) or 10**9 # tokens
 
@@ -132,19 +148,17 @@ class LocalTeacher(Teacher):
         if min(ids) < 0 or max(ids) >= size: raise BadInput(f'token ids of {self.model} are 0 to {size - 1}')
         return ids
 
-    @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor: # (T, V)
-        with self.lock:
-            batch = torch.tensor([ids], device=self.llm.device)
-            return self.llm(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits[0]
+        batch = torch.tensor([ids], device=self.llm.device)
+        return self.llm(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits[0]
 
     async def alogits(self, text: str|list[int]) -> torch.Tensor: # (1, T, V) float32
         "All logits, exact: row t is what the model expects after token t."
         return (await self._read(self.encode(text))).float()[None]
 
     async def _read(self, ids: list[int]) -> torch.Tensor: # (T, V)
-        return await self.fetch(lambda: asyncio.to_thread(self._forward, ids), Size(len(ids), 0),
-                                lambda logits: Usage(len(ids)))
+        async def read(): return await asyncio.wrap_future(self.writer.alone(partial(self._forward, ids)))
+        return await self.fetch(read, Size(len(ids), 0), lambda logits: Usage(len(ids)))
 
     async def ascore(self, text_or_ids: str|list[int], top_k: int = 20) -> Completion:
         "Teacher forcing, exact."
