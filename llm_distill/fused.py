@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .liger import liger_cross_entropy, liger_wanted, race
 from .losses import LOWEST, SplitRows, forward_kl, put_in_rows, teacher_outcomes, tempered, topk_tail_kl
 
 # %% ../nbs/06a_fused.ipynb #6be901aa
@@ -167,10 +168,23 @@ def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, ho
     as_they_are = (None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
     return [torch.cat(x) for x in zip(*parts)], grad_hidden, *as_they_are
 
+def _fastest(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
+    "As `_value_and_grads`, by whoever is the faster."
+    def chunks(): return _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk)
+    known = isinstance(target, Text) and head.scale == 1 and head.softcap is None and len(hidden)
+    wanted = liger_wanted(hidden.device) if known else 'never'
+    if wanted == 'never': return chunks()
+    def liger():
+        ce, grads = liger_cross_entropy(hidden, weight, bias, labels, w_ce)
+        return [torch.zeros_like(ce), ce], *grads
+    if wanted == 'always': return liger()
+    kind = str(hidden.device), hidden.dtype, tuple(weight.shape), weight.requires_grad, len(hidden).bit_length()
+    return race(kind, {'liger': liger, 'chunks': chunks}, hidden.device)
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
-        (apart, ce), *grads = _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk)
+        (apart, ce), *grads = _fastest(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(apart, ce)
         return (apart*w_div).sum() + (ce*w_ce).sum(), apart, ce

@@ -18,9 +18,9 @@ BIN = Path(sys.executable).parent
 # The engine of the server also writes for local teachers, so it lies below them.
 LAYERS = ['types', 'folders', 'pricing', 'models', 'device', 'serving', 'teachers', 'packing', 'database', 'tables',
           'query', 'browse', 'cache', 'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'align', 'turns',
-          'targets', 'sequences', 'shards', 'losses', 'fused', 'objective', 'capture', 'activations', 'rollout',
-          'importance', 'student', 'saving', 'train', 'evaluate', 'details', 'distill', 'recipe', 'judge', 'plots',
-          'report', 'compare', 'tuning', 'progress', 'panels', 'demo', 'cli']
+          'targets', 'sequences', 'shards', 'losses', 'liger', 'fused', 'objective', 'capture', 'activations',
+          'rollout', 'importance', 'student', 'saving', 'train', 'evaluate', 'details', 'distill', 'recipe', 'judge',
+          'plots', 'report', 'compare', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
@@ -140,7 +140,7 @@ def test_every_import_is_a_declared_dependency():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT/'settings.ini')
     lists = ('requirements', 'demo_requirements', 'data_requirements', 'eval_requirements', 'lora_requirements',
-             'speech_requirements')
+             'speech_requirements', 'gpu_requirements')
     declared = {re.split(r'[<>=!\[; ]', line)[0].lower().replace('_', '-') for key, value in settings['DEFAULT'].items()
                 if key in lists for line in value.split() if line[0].isalpha()}
     used = {n.split('.')[0] for text in modules(PACKAGE).values() for n in imported(ast.parse(text))}

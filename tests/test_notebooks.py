@@ -1,5 +1,6 @@
 "Every notebook runs, one case each: tutorials, which take longest, first and in a real kernel, others by nbdev."
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,9 +11,31 @@ from test_house import NOTEBOOKS, ROOT
 from test_tutorials import EXECUTE, TUTORIALS, promised, stated_seconds, without_network
 
 
-def run(notebook) -> subprocess.CompletedProcess:
-    test, env = Path(sys.executable).with_name('nbdev-test'), os.environ | {'OMP_NUM_THREADS': '1'}
-    return subprocess.run([test, notebook], cwd=ROOT, env=env, capture_output=True, text=True)
+# What most notebooks import, which takes seconds; a process that has it forks for each of them.
+HEAVY = ['torch', 'transformers.trainer', 'transformers.generation', 'transformers.models.auto.modeling_auto',
+         'transformers.models.llama.modeling_llama', 'transformers.tokenization_utils_tokenizers', 'nbdev.test']
+
+
+def in_this_process(notebook: Path, log: Path):
+    "What `nbdev-test NOTEBOOK` does."
+    with log.open('w') as file:
+        for number in (1, 2): os.dup2(file.fileno(), number)
+        os.environ['OMP_NUM_THREADS'] = '1'  # of processes that it starts
+        os.chdir(ROOT)
+        import torch
+        from nbdev.test import nbdev_test
+        torch.set_num_threads(1)
+        nbdev_test(str(notebook))
+
+
+def run(notebook: Path, log: Path) -> int: # The exit status; 0 where all cells ran
+    fork = 'forkserver' in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context('forkserver' if fork else 'spawn')
+    if fork: context.set_forkserver_preload(HEAVY)
+    process = context.Process(target=in_this_process, args=(notebook, log))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda p: p.stem)
@@ -29,6 +52,6 @@ def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
 
 
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: p.stem)
-def test_notebook(notebook):
-    done = run(notebook)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_notebook(notebook, tmp_path):
+    log = tmp_path/'log'
+    assert run(notebook, log) == 0, log.read_text(errors='replace')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OneByOne', 'Writer']
 
-# %% ../../nbs/02_teachers.writer.ipynb #952c7a9b
+# %% ../../nbs/02_teachers.writer.ipynb #ddd1158d
 import copy
 import logging
 import threading
@@ -24,7 +24,7 @@ from ..serving.words import Emit, Job, Piece, Words
 
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/02_teachers.writer.ipynb #96d476e5
+# %% ../../nbs/02_teachers.writer.ipynb #184d4583
 class _Choice(LogitsProcessor):
     "The next token of a job by `Words`, and nothing else possible."
     def __init__(self, words: Words, job: Job): self.words, self.job, self.finish = words, job, None
@@ -75,7 +75,7 @@ class OneByOne:
                             logits_processor=LogitsProcessorList([choice]),
                             stopping_criteria=StoppingCriteriaList([_End(choice)]))
 
-# %% ../../nbs/02_teachers.writer.ipynb #eb958978
+# %% ../../nbs/02_teachers.writer.ipynb #283c8a3b
 def _beside(model): # Shares the weights
     held = {id(x): x for x in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, held).eval()
