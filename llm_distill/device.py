@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cpu_flags', 'cpu_name', 'Choice', 'choose', 'product_speed', 'step_flops', 'DeviceReport', 'device_report',
-           'kept_memory', 'release_threads']
+           'trim_memory', 'kept_memory', 'release_threads']
 
 # %% ../nbs/06c_device.ipynb #10d8c5fa
 import ctypes
@@ -143,6 +143,10 @@ def device_report(
 # %% ../nbs/06c_device.ipynb #8c337361
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # names of malloc.h
 
+def trim_memory() -> None:
+    "Give back to the system what was freed (Linux with glibc; elsewhere nothing happens)."
+    with suppress(OSError): ctypes.CDLL('libc.so.6').malloc_trim(0)
+
 @contextmanager
 def kept_memory():
     "Keep freed memory in the process (Linux with glibc; elsewhere nothing happens)."
@@ -154,7 +158,7 @@ def kept_memory():
     finally:
         for name, value in ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26)):
             libc.mallopt(name, value)
-        libc.malloc_trim(0)
+        trim_memory()
 
 # %% ../nbs/06c_device.ipynb #36f44a84
 @lru_cache(1)

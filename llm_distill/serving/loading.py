@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..device import choose
+from ..device import choose, trim_memory
 from ..models import find_model, load_model, load_tokenizer, pick_device
 from . import seq2seq
 from .engine import Engine
@@ -111,6 +111,7 @@ def _opened(options: ServeOptions, model, tokenizer) -> Service:
         plain = False
     engine = Engine(model, tokenizer, options.batch_size, options.max_model_len, _QUEUE, fused=plain,
                     compiled=options.torch_compile, static=options.static_cache, trace=options.profile)
+    trim_memory()  # of weights before they were packed
     return Service(engine, tokenizer, name, options.max_logprobs, options.max_concurrent)
 
 def open_service(

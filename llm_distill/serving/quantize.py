@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .fuse import replace_modules
+from .fuse import leave_file, replace_modules
 from ..types import BadInput, missing_package
 
 # %% ../../nbs/10_serving.quantize.ipynb #6c1b342b
@@ -55,6 +55,7 @@ class Int8Linear(nn.Module):
         return torch.addcmul(rest if self.bias is None else rest + self.bias, y, r).to(x.dtype)
 
 # %% ../../nbs/10_serving.quantize.ipynb #f444e7c0
+@torch.no_grad()  # or the scales hold on to float32 weights, for a gradient that nobody wants
 def quantize_for_cpu(
     model,  # A causal LM on a CPU; changed in place
 ) -> None:
@@ -62,6 +63,7 @@ def quantize_for_cpu(
     if not hasattr(torch.ops.onednn, 'qlinear_prepack'):
         raise BadInput('int8 needs a PyTorch built with oneDNN; leave --quantize out')
     replace_modules(model, lambda m: Int8Linear(m) if type(m) is nn.Linear else None)
+    leave_file(model)
 
 def bitsandbytes_config(bits: str): # "int8" or "int4"; raises ImportError with the install command
     "What `from_pretrained` takes for weights in 8 or 4 bits by bitsandbytes."
