@@ -133,9 +133,11 @@ def quick_distill(
     if data is None: raise BadInput('say what to learn from: data= takes prompts, a file of them, or answers')
     if not 0 < heldout < 1: raise BadInput(f'heldout is a share above 0 and below 1, not {heldout}')
     out, training, asking = Path(out), *_sorted(options)
-    if not isinstance(teacher, Teacher): teacher = create_teacher('local', str(teacher))
+    ours = not isinstance(teacher, Teacher)
+    if ours: teacher = create_teacher('local', str(teacher))
     model, tokenizer = _student(student, teacher)
     answers = _answers(data, teacher, out, on_event, asking)
+    if ours: teacher.close()  # training needs the memory
     train, test = hold_out(answers, heldout)
     config = DistillConfig(str(out/'run'), **{'num_train_epochs': num_epochs} | training)
     return train_and_judge(model, tokenizer, train, test, config, out/'student', source=answers, unfinished=True,

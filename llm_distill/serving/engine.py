@@ -101,9 +101,12 @@ class _Work:
     def _once(self):
         with self._work:
             if not (self._waiting or self._at or self.remember): self.slots.forget()
-            while not (self._waiting or self._at or self._tasks or self.ended):
+            def busy(): return self._waiting or self._at or self._tasks or self.ended
+            while not busy():
                 release_threads()  # or whoever trains meanwhile is slowed down
-                self._work.wait()
+                if self._work.wait(self.idle) or busy(): continue
+                self.ended, self.slots = 'nobody asked anything for a while', None
+                return
         began = time.perf_counter()
         try: self._turn()
         except Exception as e: self._broken(e)
@@ -221,6 +224,7 @@ class Engine(_Line, _Work):
         memory: float|None = None, # Bytes for keys and values; None takes up to 60 % of what is free
         budget: int = 256,       # Tokens of prompts that are read between two steps
         remember: bool = True,   # Beginnings of prompts, also while nobody asks; not if weights may change meanwhile
+        idle: float|None = None, # Seconds without work after which it ends by itself, and lets go of its memory
         fused: bool = False,     # Change the model for speed, so that it is good for nothing else
         trace: str|None = None,  # A file for the first 200 turns, operation by operation (chrome://tracing)
         **how,                   # What else `SlotModel` takes
@@ -229,7 +233,7 @@ class Engine(_Line, _Work):
         window = getattr(config, 'sliding_window', None) or max_context
         known = getattr(config, 'max_position_embeddings', None) or max_context
         self.max_context, self.budget, self.queue = min(max_context, known, window), budget, queue
-        self.remember = remember
+        self.remember, self.idle = remember, idle
         each = self.max_context*bytes_per_token(config, model.dtype)
         room = .6*free_memory(model.device) if memory is None else memory
         if each > room:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList
 from ..serving.engine import Engine, free_memory
 from ..serving.sampling import Sampling
 from ..serving.words import Emit, Job, Piece, Words
+from ..types import ServerError
 
 _log = logging.getLogger(__name__)
 
@@ -96,8 +98,9 @@ class Writer:
         tokenizer,               # Its fast tokenizer
         slots: int|None = None,  # Answers at the same time; None takes 16 on a CPU, else 32
         max_context: int = 4096, # Tokens of prompt and answer; longer ones are written one after the other
+        idle: float = 30.,       # Seconds without work after which the memory of answers is given back
     ):
-        self.model, self.tokenizer, self.max_context = model, tokenizer, max_context
+        self.model, self.tokenizer, self.max_context, self.idle = model, tokenizer, max_context, idle
         self.slots = slots or (16 if model.device.type == 'cpu' else 32)
         self._lock, self._engine, self._one = threading.RLock(), None, None  # an engine, or why there is none
 
@@ -116,7 +119,8 @@ class Writer:
             return 'its weights are not plain'
         free = None if m.device.type == 'cpu' else .25*free_memory(m.device)  # whoever learns from it needs some, too
         try:
-            engine = Engine(_beside(m), self.tokenizer, self.slots, self.max_context, 10**6, free, remember=False)
+            engine = Engine(_beside(m), self.tokenizer, self.slots, self.max_context, 10**6, free, remember=False,
+                            idle=self.idle)
             weakref.finalize(self, engine.end)
             if engine.alone(lambda: _agrees(engine, m)).result(): return engine
             engine.close()
@@ -132,14 +136,18 @@ class Writer:
         "Stand in line for an answer; see `Engine.submit`."
         self.open()
         fits = isinstance(e := self._engine, Engine) and len(prompt) + sampling.max_tokens <= e.max_context
-        return (e if fits else self._alone()).submit(prompt, sampling, emit, stream)
+        try: return (e if fits else self._alone()).submit(prompt, sampling, emit, stream)
+        except ServerError:
+            if not e.ended: raise
+            return self.submit(prompt, sampling, emit, stream)  # it ended just now, as nobody had asked
 
     def cancel(self, job: Job) -> None:
         with self._lock: (self._engine if isinstance(self._engine, Engine) else OneByOne).cancel(job)
 
     def alone(self, work: Callable) -> Future:
         "Have something computed by the model, between two tokens of those who are being answered."
-        if isinstance(e := self._engine, Engine) and not e.ended: return e.alone(work)
+        with suppress(ServerError):  # one that has ended
+            if isinstance(e := self._engine, Engine): return e.alone(work)
         return self._alone().alone(work)
 
     def close(self) -> None:
