@@ -90,6 +90,9 @@ def _agrees(engine: Engine, model) -> bool: # In the engine's thread
     slots.forget()
     return bool((ours - theirs).abs().mean() <= .2*theirs.float().std())
 
+def _end(engines: list[Engine]):
+    for engine in engines: engine.end()
+
 class Writer:
     "Writes a model's answers, and computes with it what else is asked, in one thread."
     def __init__(
@@ -102,30 +105,36 @@ class Writer:
     ):
         self.model, self.tokenizer, self.max_context, self.idle = model, tokenizer, max_context, idle
         self.slots = slots or (16 if model.device.type == 'cpu' else 32)
-        self._lock, self._engine, self._one = threading.RLock(), None, None  # an engine, or why there is none
+        self._lock, self._one, self._unfit = threading.RLock(), None, None  # why there is no engine
+        self._running: list[Engine] = []  # one at most
+        weakref.finalize(self, _end, self._running)
 
     def __getstate__(self): return {k: v for k, v in vars(self).items() if k[0] != '_'}
     def __setstate__(self, state): self.__init__(**state)
 
-    def open(self) -> None:
+    def open(self) -> Engine|None: # None for a model that it does not suit
         "Get ready; takes a second or two the first time."
         with self._lock:
-            if isinstance(self._engine, Engine) and self._engine.ended: self._engine = None
-            if self._engine is None: self._engine = self._start()
+            if self._running and self._running[0].ended: self._running.clear()
+            if not self._running and self._unfit is None:
+                try: self._running[:] = [self._start()]
+                except Exception as e:
+                    self._unfit = str(e)
+                    _log.info('answers come one after the other: %s', e)
+            return next(iter(self._running), None)
 
-    def _start(self) -> Engine|str:
+    def _start(self) -> Engine:
         m = self.model
         if not isinstance(m, PreTrainedModel) or getattr(m, 'is_quantized', False) or hasattr(m, 'hf_device_map'):
-            return 'its weights are not plain'
+            raise ServerError('the weights are not plain')
         free = None if m.device.type == 'cpu' else .25*free_memory(m.device)  # whoever learns from it needs some, too
-        try:
-            engine = Engine(_beside(m), self.tokenizer, self.slots, self.max_context, 10**6, free, remember=False,
-                            idle=self.idle)
-            weakref.finalize(self, engine.end)
-            if engine.alone(lambda: _agrees(engine, m)).result(): return engine
-            engine.close()
-            return 'the engine computes something else'
-        except Exception as e: return str(e)
+        engine = Engine(_beside(m), self.tokenizer, self.slots, self.max_context, 10**6, free, remember=False,
+                        idle=self.idle)
+        try: same = engine.alone(lambda: _agrees(engine, m)).result()
+        except BaseException: engine.close(); raise
+        if same: return engine
+        engine.close()
+        raise ServerError('the engine computes something else')
 
     def _alone(self) -> OneByOne:
         with self._lock:
@@ -134,24 +143,27 @@ class Writer:
 
     def submit(self, prompt: list[int], sampling: Sampling, emit: Emit, stream: bool = True) -> Job:
         "Stand in line for an answer; see `Engine.submit`."
-        self.open()
-        fits = isinstance(e := self._engine, Engine) and len(prompt) + sampling.max_tokens <= e.max_context
-        try: return (e if fits else self._alone()).submit(prompt, sampling, emit, stream)
+        engine = self.open()
+        fits = engine is not None and len(prompt) + sampling.max_tokens <= engine.max_context
+        if not fits: return self._alone().submit(prompt, sampling, emit, stream)
+        try: return engine.submit(prompt, sampling, emit, stream)
         except ServerError:
-            if not e.ended: raise
+            if not engine.ended: raise
             return self.submit(prompt, sampling, emit, stream)  # it ended just now, as nobody had asked
 
     def cancel(self, job: Job) -> None:
-        with self._lock: (self._engine if isinstance(self._engine, Engine) else OneByOne).cancel(job)
+        OneByOne.cancel(job)
+        for engine in [*self._running]: engine.cancel(job)
 
     def alone(self, work: Callable) -> Future:
         "Have something computed by the model, between two tokens of those who are being answered."
-        with suppress(ServerError):  # one that has ended
-            if isinstance(e := self._engine, Engine): return e.alone(work)
+        with suppress(ServerError):  # of one that has ended
+            for engine in [*self._running]: return engine.alone(work)
         return self._alone().alone(work)
 
     def close(self) -> None:
         "End what runs; it starts again when it is asked."
-        with self._lock: engine, one, self._engine, self._one = self._engine, self._one, None, None
-        for some in (engine, one):
-            if hasattr(some, 'close'): some.close()
+        with self._lock:
+            some, self._one = [*self._running, *([self._one] if self._one else [])], None
+            self._running.clear()
+        for each in some: each.close()
