@@ -161,13 +161,16 @@ def kept_memory():
         trim_memory()
 
 # %% ../nbs/06c_device.ipynb #36f44a84
-@lru_cache(1)
-def _libgomp() -> ctypes.CDLL|None: # The one that torch computes with
-    for file in Path(torch.__file__).parent.glob('lib/libgomp*'):
-        with suppress(OSError): return ctypes.CDLL(str(file))
+def _pausing(files): # The function of the first library that has it; those before OpenMP 5.0 do not
+    for file in files:
+        with suppress(OSError, AttributeError): return ctypes.CDLL(str(file)).omp_pause_resource_all
 
-_SOFT = 1  # omp_pause_soft of OpenMP 5.0: settings stay
+@lru_cache(1)
+def _pause(): return _pausing(Path(torch.__file__).parent.glob('lib/libgomp*'))  # of the one that torch computes with
+
+_SOFT = 1  # omp_pause_soft: settings stay
 
 def release_threads() -> bool: # Whether something was done
     "Let go of the threads that help this one to compute; with its next large operation they are there again (Linux)."
-    return bool(lib := _libgomp()) and lib.omp_pause_resource_all(_SOFT) == 0
+    pause = _pause()
+    return pause is not None and pause(_SOFT) == 0
