@@ -56,7 +56,7 @@ def head_of(
 
 # %% ../nbs/06a_fused.ipynb #c66b7396
 _BLOCK = 2**19  # numbers, 2 MB in float32
-_COLUMNS = 2**13    # of a gradient that are made at the same time
+_COLUMNS = 2**11    # of a gradient that are made at the same time
 
 def _blocks(z: torch.Tensor): # Each block, and room for it in float32
     width = z.shape[1] if z.device.type != 'cpu' else max(64, _BLOCK//len(z))
@@ -148,7 +148,6 @@ class Text:
 # %% ../nbs/06a_fused.ipynb #25028cf8
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
-    # what stays is made before what goes, which then leaves one hole, large enough for the gradient of tied embeddings
     grad_weight = torch.empty(weight.shape, device=weight.device) if weight.requires_grad else None
     near = head._replace(weight=weight.to(hidden.dtype))          # one rounding for all terms
     grad_hidden, parts = torch.empty_like(hidden), []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'no_progress_bars', 'convert_gguf', 'smollm2', 'gguf_folder', 'find_model',
-           'load_tokenizer', 'load_model', 'load_pretrained', 'encode_chat', 'last_hidden', 'token_bytes', 'token_ids',
-           'fingerprint']
+           'load_tokenizer', 'load_model', 'load_pretrained', 'encode_chat', 'body_of', 'last_hidden', 'token_bytes',
+           'token_ids', 'fingerprint']
 
 # %% ../nbs/01a_models.ipynb #bd91b6ee
 import hashlib
@@ -207,6 +207,12 @@ def encode_chat(
     return tokenizer('\n'.join(m['content'] for m in messages) + '\n')['input_ids']
 
 # %% ../nbs/01a_models.ipynb #3e306e4b
+def body_of(
+    model,              # A causal LM, with an adapter or without
+) -> torch.nn.Module:
+    "What of it stands in front of the head."
+    return (model.get_base_model() if hasattr(model, 'get_base_model') else model).base_model  # peft's is another
+
 def last_hidden(
     model,         # A causal LM, or a wrapper around one
     inputs: dict,  # With input_ids and attention_mask or, of packed rows, position_ids, (B, L)
@@ -214,11 +220,10 @@ def last_hidden(
 ) -> torch.Tensor: # (B, L, H)
     "What the head reads; by way of the wrapper's forward where there is one, which may have work to do."
     text = {name: inputs[name] for name in ('input_ids', 'attention_mask', 'position_ids') if name in inputs}
-    seen, inner = [], inner or model
-    alone = model is inner and not hasattr(model, 'unshard')  # a sharded one (FSDP2) gathers its weights in `forward`
-    if hasattr(inner, 'get_base_model'): inner = inner.get_base_model()  # peft calls something else its base_model
-    if alone: return inner.base_model(**text, use_cache=False)[0]
-    hook = inner.base_model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    seen, body = [], body_of(inner or model)
+    alone = inner in (None, model) and not hasattr(model, 'unshard')  # a sharded one (FSDP2) is whole in `forward`
+    if alone: return body(**text, use_cache=False)[0]
+    hook = body.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try: model(**text, use_cache=False, logits_to_keep=1)
     finally: hook.remove()
     return seen[0]

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .activations import kept_short
+from .activations import kept_short, tied_weight
 from .device import choose, kept_memory
 from .fused import head_of
-from .models import encode_chat, last_hidden, no_progress_bars
+from .models import body_of, encode_chat, last_hidden, no_progress_bars
 from .objective import Objective, taught_weight
 from .rollout import as_examples, end_with_turn, prompts_of, score_rows, write_ids
 from .saving import load_student
@@ -190,7 +190,16 @@ class _Running:
     @contextmanager
     def _memory(self): # No more than is needed, and that is kept between steps
         kept = kept_memory if self.args.choice.device == 'cpu' else nullcontext
-        with kept_short(self.accelerator.unwrap_model(self.model)), kept(): yield
+        student, sharded = self.accelerator.unwrap_model(self.model), self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with self._compiled(student) if self.args.torch_compile else kept_short(student, sharded), kept(): yield
+
+    @contextmanager
+    def _compiled(self, student): # Up to the head, which the loss reads for itself; the compiler decides what is kept
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        body = body_of(student)
+        body.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        try: yield
+        finally: body._compiled_call_impl = None  # torch has no other word for it
 
     def train(self, *args, **kwargs):
         "As `Trainer.train`; leaves a student that computes in its own precision, ready to be judged."
@@ -276,6 +285,7 @@ class DistillTrainer(_Teaching, _Running, _Sharding, Trainer):
             with self.accelerator.autocast(): read = self._for_products(last_hidden(model, inputs, inner))
         if hasattr(inner.get_output_embeddings(), 'unshard'): inner.get_output_embeddings().unshard()
         head = head_of(inner)  # of a sharded model it is whole only now
+        if head: head = head._replace(weight=tied_weight(inner))
         parts = self.objective(read, head, inputs, self._read(inputs), shares/items)
         if model.training: self._account(parts, inputs)
         return (parts.loss, {}) if return_outputs else parts.loss

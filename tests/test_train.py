@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,47 @@ def test_likelihoods_alone_teach_in_another_tokenizer(tmp_path, tokenizer):
                 learning_rate=.02, optim='adamw_torch', max_steps=12, alpha=1., beta=0.)
     t.train()
     assert 'kl' not in t.curve[0] and t.curve[-1]['alm'] < .7*t.curve[0]['alm']
+
+
+def in_spans(seed):
+    "An example of which only the likelihood of each span of three tokens is known."
+    row = example(seed, k=1)
+    span = np.where(row['soft'], (np.arange(len(row['soft'])) - 3)//3, -1)
+    ends = np.append(span[1:] != span[:-1], True) & (span >= 0)
+    return row | {'soft': np.zeros_like(row['soft']), 'span': span, 'top_logprobs': np.zeros_like(row['top_logprobs']),
+                  'span_logprob': np.where(ends, -2., np.nan).astype(np.float32)}
+
+
+@pytest.mark.parametrize('examples', [EXAMPLES, [in_spans(n) for n in range(8)]], ids=['tops', 'spans'])
+@pytest.mark.parametrize('more', [{}, {'gradient_checkpointing': True}, {'precision': 'bf16'},
+                                  {'gradient_accumulation_steps': 2, 'per_device_train_batch_size': 4}], ids=str)
+def test_keeping_less_changes_no_gradient(tmp_path, tokenizer, monkeypatch, examples, more):
+    "Of weights that embeddings and head share, and all others."
+    def taught():
+        how = {'per_device_train_batch_size': 8, 'max_steps': 2, 'learning_rate': .5} | more
+        t = trainer(tmp_path, tokenizer, examples=examples, **how)
+        t.train()
+        return t.model
+    lean = taught()
+    monkeypatch.setattr('llm_distill.train.kept_short', lambda *_: nullcontext())
+    plain = taught()
+    assert apart(lean, plain) < (.02 if 'precision' in more else 1e-4)*apart(plain, tiny())
+
+
+def test_a_compiled_student_learns_the_same(tmp_path, tokenizer):
+    from torch._dynamo.utils import counters
+    def taught(**more):
+        t = trainer(tmp_path, tokenizer, max_steps=2, **more)
+        t.train()
+        return t.model
+    plain = taught()
+    counters.clear()
+    compiled = taught(torch_compile_backend='aot_eager')
+    assert counters['frames']['ok'] > 0 and not counters['graph_break']
+    assert apart(compiled, plain) < 1e-6
+    counters.clear()
+    compiled(torch.tensor([[5, 6, 7]]))
+    assert not counters['frames'], 'after training it is an ordinary model again'
 
 
 def test_earlier_turns_are_taught_where_asked(tmp_path, tokenizer):
