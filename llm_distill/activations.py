@@ -15,11 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-# %% ../nbs/06f_activations.ipynb #c77f9794
-def _read_as(x: torch.Tensor) -> torch.dtype: # What a product will make of it
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+from .attention import read_as
 
+# %% ../nbs/06f_activations.ipynb #c77f9794
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
@@ -39,7 +37,7 @@ class _Norm(torch.autograd.Function):
 
 def _lean_norm(module: nn.Module):
     eps = getattr(module, 'variance_epsilon', getattr(module, 'eps', None))
-    return lambda x: _Norm.apply(x, module.weight, eps, _read_as(x))
+    return lambda x: _Norm.apply(x, module.weight, eps, read_as(x))
 
 # %% ../nbs/06f_activations.ipynb #f5dd839f
 class _Gated(torch.autograd.Function):
@@ -67,7 +65,7 @@ def _lean_mlp(module: nn.Module):
         with noted: return module.down_proj(product)
     return forward
 
-# %% ../nbs/06f_activations.ipynb #bb8fcca6
+# %% ../nbs/06f_activations.ipynb #a07e1088
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
@@ -87,13 +85,13 @@ class _Product(torch.autograd.Function):
 
 def _lean_linear(module: nn.Linear):
     def forward(x):
-        dtype = _read_as(x)
+        dtype = read_as(x)
         as_it_is = dtype == module.weight.dtype or not torch.is_autocast_enabled(x.device.type)
         if as_it_is: return F.linear(x, module.weight, module.bias)
         return _Product.apply(x, module.weight, module.bias, dtype)
     return forward
 
-# %% ../nbs/06f_activations.ipynb #d6010f16
+# %% ../nbs/06f_activations.ipynb #e8c8e59c
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, weight, padding):

@@ -25,6 +25,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .activations import kept_short, tied_weight
+from .attention import attends_by_products
 from .device import choose, kept_memory
 from .fused import head_of
 from .models import body_of, encode_chat, last_hidden, no_progress_bars
@@ -191,7 +192,11 @@ class _Running:
     def _memory(self): # No more than is needed, and that is kept between steps
         kept = kept_memory if self.args.choice.device == 'cpu' else nullcontext
         student, sharded = self.accelerator.unwrap_model(self.model), self.is_fsdp_enabled or self.is_deepspeed_enabled
-        with self._compiled(student) if self.args.torch_compile else kept_short(student, sharded), kept(): yield
+        with kept():
+            if self.args.torch_compile:
+                with self._compiled(student): yield
+            else:
+                with attends_by_products(student), kept_short(student, sharded): yield
 
     @contextmanager
     def _compiled(self, student): # Up to the head, which the loss reads for itself; the compiler decides what is kept

@@ -18,9 +18,9 @@ BIN = Path(sys.executable).parent
 # The engine of the server also writes for local teachers, so it lies below them.
 LAYERS = ['types', 'folders', 'pricing', 'models', 'device', 'serving', 'teachers', 'packing', 'database', 'tables',
           'query', 'browse', 'cache', 'prompts', 'records', 'answers', 'batch', 'run', 'collect', 'align', 'turns',
-          'targets', 'sequences', 'shards', 'losses', 'liger', 'fused', 'objective', 'capture', 'activations',
-          'rollout', 'importance', 'student', 'saving', 'train', 'evaluate', 'details', 'distill', 'recipe', 'judge',
-          'plots', 'report', 'compare', 'tuning', 'progress', 'panels', 'demo', 'cli']
+          'targets', 'sequences', 'shards', 'losses', 'liger', 'fused', 'objective', 'capture', 'attention',
+          'activations', 'rollout', 'importance', 'student', 'saving', 'train', 'evaluate', 'details', 'distill',
+          'recipe', 'judge', 'plots', 'report', 'compare', 'tuning', 'progress', 'panels', 'demo', 'cli']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
