@@ -77,12 +77,14 @@ def read_as(x: torch.Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-def _faster(module, query, key, mask, dropout, is_causal=None, **more) -> bool:
+def _faster(module, query, key, value, mask, dropout, is_causal=None, **more) -> bool:
     if query.device.type != 'cpu' or dropout or not torch.is_grad_enabled() or not query.requires_grad: return False
     if any(more.get(name) is not None for name in ('position_bias', 'cache', 'softcap')): return False
+    if query.shape[-1] != value.shape[-1]: return False
     causal = getattr(module, 'is_causal', True) if is_causal is None else is_causal
-    if mask is None and not (causal and query.shape[2] == key.shape[2]): return False
-    return max(query.shape[2], key.shape[2]) <= _LONGEST.get(read_as(query), 0)
+    if mask is None: known = causal and query.shape[2] == key.shape[2]
+    else: known = mask.dim() == 4 and mask.shape[1] == 1 and not mask.requires_grad  # the same for all heads, and given
+    return known and max(query.shape[2], key.shape[2]) <= _LONGEST.get(read_as(query), 0)
 
 def products_attention(
     module,              # The layer
@@ -95,7 +97,7 @@ def products_attention(
     **more,              # What transformers' own takes
 ) -> tuple[torch.Tensor, None]: # (B, T, Hq, D)
     "Attention by products where they are faster, else transformers' own."
-    if not _faster(module, query, key, attention_mask, dropout, **more):
+    if not _faster(module, query, key, value, attention_mask, dropout, **more):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
     length, dtype = query.shape[2], read_as(query)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
@@ -112,7 +114,7 @@ def attends_by_products(
 ):
     "Within this, a model with torch's attention has that of `products_attention`."
     own = model.config._attn_implementation
-    changes = own == 'sdpa' and model._supports_attention_backend
+    changes = own == 'sdpa' and getattr(model, '_supports_attention_backend', False)
     if changes: model.set_attn_implementation(PRODUCTS)
     try: yield
     finally:

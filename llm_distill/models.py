@@ -220,8 +220,9 @@ def last_hidden(
 ) -> torch.Tensor: # (B, L, H)
     "What the head reads; by way of the wrapper's forward where there is one, which may have work to do."
     text = {name: inputs[name] for name in ('input_ids', 'attention_mask', 'position_ids') if name in inputs}
-    seen, body = [], body_of(inner or model)
-    alone = inner in (None, model) and not hasattr(model, 'unshard')  # a sharded one (FSDP2) is whole in `forward`
+    inner = model if inner is None else inner
+    seen, body = [], body_of(inner)
+    alone = model is inner and not hasattr(model, 'unshard')  # a sharded one (FSDP2) gathers its weights in `forward`
     if alone: return body(**text, use_cache=False)[0]
     hook = body.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try: model(**text, use_cache=False, logits_to_keep=1)
