@@ -69,7 +69,7 @@ class _ByProducts(torch.autograd.Function):
 
 # %% ../nbs/06h_attention.ipynb #98a72f7e
 PRODUCTS = 'llm_distill_products'
-# tokens; at these torch's own has caught up, and where there is AMX it is ahead anyway
+# tokens; beyond these torch's own is as fast, and with AMX it has a kernel that this was not compared with
 _LONGEST = {torch.float32: 512, torch.bfloat16: 0 if 'amx_bf16' in cpu_flags() else 1024}
 
 def read_as(x: torch.Tensor) -> torch.dtype:
