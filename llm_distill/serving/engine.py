@@ -248,7 +248,7 @@ class Engine(_Line, _Work):
         self.slots = ready.result()
 
     def _make_slots(self, model, fused, **how):
-        if fused: fuse(model, packed=not how.get('compiled'))  # a compiler packs by itself
+        if fused: fuse(model)
         return SlotModel(model, self.size, self.max_context, **how)
 
     def submit(

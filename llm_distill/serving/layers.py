@@ -33,6 +33,10 @@ def alike(parts: list) -> bool:
 def _plus(rest, product, x): # Whoever can adds by himself
     return product.plus(x, rest) if hasattr(type(product), 'plus') else rest + product(x)
 
+def _normed(norm, product, x): # And takes the norm along
+    both = hasattr(type(product), 'normed') and hasattr(type(norm), 'scale')
+    return product.normed(x, norm) if both else product(norm(x))
+
 class FusedLayer(nn.Module):
     "A decoder layer of Llama's kind; reads what `Turns` makes of the positions."
     def __init__(self, layer: nn.Module):
@@ -46,14 +50,15 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **_):
         cos, sin = position_embeddings
-        heads = self.qkv(self.before(hidden_states)).unflatten(-1, (-1, self.width))  # (B, T, Hq + 2Hk, D)
+        heads = _normed(self.before, self.qkv, hidden_states).to(cos.dtype)
+        heads = heads.unflatten(-1, (-1, self.width))  # (B, T, Hq + 2Hk, D)
         qk, v = heads[:, :, :-self.keys], heads[:, :, -self.keys:].transpose(1, 2)
         qk = torch.addcmul(qk*cos, qk.roll(self.width//2, -1), sin).transpose(1, 2)
         q, k = qk[:, :-self.keys], qk[:, -self.keys:]
         if past_key_values is not None: k, v = past_key_values.update(k, v, self.number)
         seen, _ = grouped_attention(self, q, k, v, attention_mask, self.scaling)
         hidden = _plus(hidden_states, self.out, seen.flatten(2))
-        gate, up = self.gate_up(self.after(hidden)).chunk(2, -1)
+        gate, up = _normed(self.after, self.gate_up, hidden).chunk(2, -1)
         return _plus(hidden, self.down, self.act(gate)*up)
 
 class Turns(nn.Module):

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .fuse import leave_file, replace_modules
+from .fuse import Prepared, leave_file, replace_modules
 from ..types import BadInput, missing_package
 
 # %% ../../nbs/10_serving.quantize.ipynb #6c1b342b
@@ -25,34 +25,45 @@ def _largest() -> int: # What weights may be, with which this machine's products
     packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(16, dtype=torch.int32)
     return 127 if bool((_product(rows, packed, torch.ones(16), zeros) == 127*127*64).all()) else 63
 
-class Int8Linear(nn.Module):
+class Int8Linear(Prepared):
     "A linear layer with weights and inputs in 8 bits, on a CPU."
     def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features, weight = linear.in_features, linear.out_features, linear.weight.float()
+        super().__init__(linear)
+        weight = linear.weight.float()
         scale = weight.abs().amax(1).clamp_min(1e-12)/_largest()
         whole = (weight/scale[:, None]).round().to(torch.int8)
         self.packed, self.scale = torch.ops.onednn.qlinear_prepack(whole, None), scale
-        self.zeros, self.bias = torch.zeros(len(scale), dtype=torch.int32), linear.bias
+        self.zeros = torch.zeros(len(scale), dtype=torch.int32)
 
-    def _whole(self, x): # The product in units of the rows' scales, float32, and these
-        r = x.abs().amax(-1, keepdim=True).float().clamp_min_(1e-12).mul_(1/127)
+    def product(self, x, rest=None): return _product(x, self.packed, self.scale, self.zeros)
+    def gives(self, x): return super().gives(x).float()
+
+    def _whole(self, x): # Of float32: the product in units of the rows' scales, and these, which are the caller's
+        r = x.abs().amax(-1, keepdim=True).clamp_min_(1e-12).mul_(1/127)
         rows = (x/r).add_(128.5).to(torch.uint8).view(-1, self.in_features)  # more dimensions take a slower way
-        y = _product(rows, self.packed, self.scale, self.zeros)
-        return y.view(*x.shape[:-1], -1), r
+        return self.multiply(rows).view(*x.shape[:-1], -1), r
+
+    def _scaled(self, y, r): return y.mul_(r) if self.bias is None else torch.addcmul(self.bias, y, r)
 
     def forward(self, x): # (..., in_features) to (..., out_features)
-        y, r = self._whole(x)
-        y = y.mul_(r).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        return self._scaled(*self._whole(x.float())).to(x.dtype)
+
+    def normed(
+        self, x: torch.Tensor, # (..., in_features)
+        norm,                  # Has weights `wide`, and a `scale` of rows
+    ) -> torch.Tensor:         # (..., out_features), float32
+        "The product of `norm(x)`: whole numbers do not change with the length of a row, so that goes by them."
+        x = x.float()
+        y, r = self._whole(x*norm.wide)
+        return self._scaled(y, r.mul_(norm.scale(x)))
 
     def plus(
-        self, x: torch.Tensor, # (..., in_features)
-        rest: torch.Tensor,    # (..., out_features)
-    ) -> torch.Tensor:
-        "The product and what is added to it, rounded once."
-        y, r = self._whole(x)
-        return torch.addcmul(rest if self.bias is None else rest + self.bias, y, r).to(x.dtype)
+        self, x: torch.Tensor,    # (..., in_features)
+        rest: torch.Tensor,       # (..., out_features)
+    ) -> torch.Tensor:            # float32
+        "The product and what is added to it."
+        y, r = self._whole(x.float())
+        return torch.addcmul(rest if self.bias is None else rest + self.bias, y, r)
 
 # %% ../../nbs/10_serving.quantize.ipynb #f444e7c0
 @torch.no_grad()  # or the scales hold on to float32 weights, for a gradient that nobody wants

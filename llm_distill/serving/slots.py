@@ -62,14 +62,20 @@ AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 # %% ../../nbs/10_serving.slots.ipynb #e788c334
+def _rounded(n: int) -> int: # Up to a multiple of 64 or of a sixteenth, so that there are few numbers
+    step = 1 << max(n.bit_length() - 5, 6)
+    return -(-n//step)*step
+
 class _Places:
     "What the layers share: who is written where."
-    def __init__(self, slots: int, capacity: int, device):
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, slots: int, capacity: int, device, dense: bool):
+        self.slots, self.capacity, self.dense = slots, capacity, dense and device.type == 'cpu'
+        self.room = 0 if self.dense else capacity  # places of each slot, as yet
         self.filling = []  # (slot, first place, end) of prompts that are being read
         self.position = torch.zeros(slots, dtype=torch.long, device=device) # where each slot writes next
         self.width = 0  # how far is looked
-        self.first, self.now = 0, None  # the first slot of a step, and where each writes, (rows,)
+        # of a step: its first slot, where each writes, (rows,), and what it sees, (rows, width)
+        self.first, self.now, self.seen = 0, None, None
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     "On a CPU what nobody has written to takes no memory; by small pages, as each text begins far from the next."
@@ -79,7 +85,7 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 class _SlotLayer(CacheLayerMixin):
-    "Keys and values of one layer, (slots, heads, capacity, head_dim)."
+    "Keys and values of one layer, (slots, heads, room, head_dim)."
     def __init__(self, places: _Places): super().__init__(); self.places, self.is_initialized = places, True
     def lazy_initialization(self, *_): pass
     def get_mask_sizes(self, query_length): return self.places.width, 0
@@ -89,17 +95,26 @@ class _SlotLayer(CacheLayerMixin):
 
     def update(self, keys, values, *args, **kwargs):
         p = self.places
-        if self.keys is None:
-            shape = p.slots, keys.shape[1], p.capacity
-            self.keys, self.values = (_zeros((*shape, x.shape[3]), x) for x in (keys, values))
-            ends = p.slots*keys.shape[1]*p.capacity
-            self.begin = torch.arange(0, ends, p.capacity, device=keys.device).view(shape[:2])  # rows, of all places
+        if self.keys is None: self._make_room(keys, values)
         if p.filling: return self._fill(keys, values)
         now = p.now.to(keys.device)  # layers may be on several devices
         rows = (self.begin[p.first:p.first + len(now)] + now[:, None]).flatten()
         for held, new in zip((self.keys, self.values), (keys, values)):
             held.view(-1, held.shape[3]).index_copy_(0, rows, new.flatten(0, 2))
-        return tuple(x[p.first:p.first + len(now), :, :p.width] for x in (self.keys, self.values))
+        # by a tensor's shape: a number of its own would be a constant to a compiler
+        return tuple(x[p.first:p.first + len(now), :, :p.seen.shape[1]] for x in (self.keys, self.values))
+
+    def _make_room(self, *like):
+        shape = self.places.slots, like[0].shape[1], self.places.room
+        self.keys, self.values = (_zeros((*shape, x.shape[3]), x) for x in like)
+        self.begin = torch.arange(0, math.prod(shape), shape[2], device=like[0].device).view(shape[:2]) # rows, of all
+
+    def move(self, ends: list[int]): # What slots hold, into as much room as there should be now
+        if self.keys is None: return
+        old = self.keys, self.values
+        self._make_room(*old)
+        for slot, n in enumerate(ends):
+            for new, held in zip((self.keys, self.values), old): new[slot, :, :n] = held[slot, :, :n]
 
     def _fill(self, keys, values): # Only the ends of the rows are of the prompts
         slots = [slot for slot, *_ in self.places.filling]
@@ -158,7 +173,14 @@ def _compiled(model, mode: str, static: bool):
     if mode not in torch._inductor.list_mode_options():
         raise BadInput(f'torch_compile is one of {", ".join(torch._inductor.list_mode_options())}, not {mode!r}')
     options = torch._inductor.list_mode_options(mode) | {'freezing': True}  # the weights do not change: pack them
-    return torch.compile(model, options=options, dynamic=not static)
+    trusted = getattr(torch.compiler, 'skip_guard_on_all_nn_modules_unsafe', None)  # nor does anything else of the model
+    if trusted is not None: options |= {'guard_filter_fn': trusted}
+    return torch.compile(model, options=options, dynamic=False if static else None)
+
+def _vary(*tensors): # Told to a compiler: what is not 1 may be another number in the next step
+    for x in tensors:
+        for dim, n in enumerate(x.shape):
+            if n > 1: torch._dynamo.maybe_mark_dynamic(x, dim)
 
 class SlotModel:
     "A causal LM with slots: read some prompts, write in all."
@@ -181,9 +203,10 @@ class SlotModel:
         model.set_attn_implementation(ATTENTION)
         self.static, self._stepping = static, model if compiled is None else _compiled(model, compiled, static)
         self.counts, self.together = row_counts(model, slots), {n: pieces_together(model, n) for n in self.lengths}
+        if compiled is not None and slots > 1: self.counts = [n for n in self.counts if n > 1]  # 1 would be compiled anew
         slots = -(-slots//self.counts[-1])*self.counts[-1]
         # one place more than can be filled: whoever is at the end writes there while others go on
-        self.places = _Places(slots, self.capacity + 1, self.device)
+        self.places = _Places(slots, self.capacity + 1, self.device, not static and compiled is None)
         self.cache = Cache(layers=[_SlotLayer(self.places) for _ in range(model.config.num_hidden_layers)])
         self.held = [[] for _ in range(slots)]  # token ids whose keys and values each slot holds
         if compiled is not None: self._warm()
@@ -193,9 +216,10 @@ class SlotModel:
         "Compile now, and say now if that fails."
         try:
             self.read([0], [[0]])
-            for last, start in product(self.counts, (0, 64)):  # the first places that are looked at, and more
-                self.held[last - 1] = [0]*start
-                self.step({last - 1: 0})
+            groups = range(0, self.places.slots, self.counts[-1])
+            for first, count, start in product(groups, self.counts, (0, 64)):  # the first places, and more
+                self.held[first + count - 1] = [0]*start
+                self.step({first + count - 1: 0})
         except Exception as e:
             raise ServerError(f'this model cannot be compiled; leave --torch-compile out ({type(e).__name__})') from e
         for slot in range(self.places.slots): self.wipe(slot)
@@ -203,8 +227,18 @@ class SlotModel:
 
     def _forward(self, model, ids, positions, seen, keep): # seen: (B, 1, T, W), true where attended to
         mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        if model is not self.model and not self.static: _vary(ids, positions, mask, self.places.now, self.places.seen)
         return model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
                      use_cache=True, logits_to_keep=keep).logits
+
+    def _room(self, width: int):
+        "Have room for what is looked at and for all that is held: a step copies keys and values if there is more."
+        if not (p := self.places).dense: return
+        ends = p.position.tolist()
+        n = min(_rounded(max(width, max(ends) + 1)), p.capacity)
+        if p.room//4 < n <= p.room: return
+        p.room = n
+        for layer in self.cache.layers: layer.move(ends)
 
     def piece(
         self, ids: list[int], # A prompt
@@ -223,6 +257,7 @@ class SlotModel:
         "Read one piece of some prompts, each into its slot."
         stops, (length, *_) = zip(*(self.piece(ids, start) for ids in prompts))
         p, p.width = self.places, start + length
+        self._room(p.width)
         p.filling = [(slot, start, stop) for slot, stop in zip(slots, stops)]
         tokens = torch.zeros(len(slots), length, dtype=torch.long)  # in front of a short piece stands what nobody reads
         for row, ids, stop in zip(tokens, prompts, stops): row[length - stop + start:] = torch.tensor(ids[start:stop])
@@ -270,10 +305,12 @@ class SlotModel:
         p, count = self.places, next(n for n in self.counts if n > max(here) - first)
         position = p.position[first:first + count]
         p.first, p.now = first, position
-        p.width = self.capacity if self.static else (max(len(self.held[slot]) for slot in here)//64 + 1)*64
+        p.width = self.capacity if self.static else _rounded(max(len(self.held[slot]) for slot in here) + 1)
+        p.width = min(p.width, self.capacity)
+        self._room(p.width)
         ids = torch.tensor([[tokens.get(slot, 0)] for slot in range(first, first + count)], device=self.device)
-        seen = torch.arange(p.width, device=self.device)[None] <= position[:, None]
-        logits = self._forward(self._stepping, ids, position[:, None], seen[:, None, None], 1)[:, -1]
+        p.seen = torch.arange(p.width, device=self.device)[None] <= position[:, None]
+        logits = self._forward(self._stepping, ids, position[:, None], p.seen[:, None, None], 1)[:, -1]
         rows = [slot - first for slot in here]
         return logits[:len(rows)] if rows == [*range(len(rows))] else logits[rows]
 
