@@ -172,6 +172,22 @@ def test_int8_serves(folder):
 
 
 @pytest.mark.slow
+def test_int8_may_be_compiled(folder):
+    how = {'quantize': 'int8', 'device': 'cpu', 'batch_size': 4, 'max_model_len': 128, 'timeout': 900}
+    def likely(url): # Logprobs of the first token
+        with sdk(url) as client:
+            model = client.models.list().data[0].id
+            said = client.completions.create(model=model, prompt=PROMPT, max_tokens=1, logprobs=5)
+        return said.choices[0].logprobs.top_logprobs[0]
+    with serve(folder, **how) as server: plain = likely(server.url)
+    with serve(folder, torch_compile='default', **how) as server, ThreadPoolExecutor(4) as pool:
+        alone, fast = completed(server.url), likely(server.url)
+        assert [*pool.map(lambda _: completed(server.url), range(8))] == [alone]*8
+    both = plain.keys() & fast.keys()
+    assert len(both) > 2 and all(abs(plain[k] - fast[k]) < .05 for k in both)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('static', [False, True])
 def test_a_compiled_model_says_the_same(folder, static):
     with serve(folder, dtype='float32', device='cpu') as server: plain = completed(server.url)

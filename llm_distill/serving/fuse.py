@@ -47,8 +47,9 @@ class _CpuNorm(nn.Module):
     "The same in three operations, where torch's own is made of ten: a row beside its negative has the mean 0."
     def __init__(self, weight, eps):
         super().__init__()
-        self.weight, self.wide, self.eps = weight, weight.detach().float(), float(eps)
-        self.twice, self.small = torch.cat((self.wide, self.wide)), torch.tensor(float(eps))
+        self.weight, self.eps = weight, float(eps)
+        self.wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        self.twice, self.small = torch.cat((self.wide, self.wide)), torch.tensor(self.eps)
 
     def forward(self, x):
         return F.layer_norm(torch.cat((x, -x), -1), self.twice.shape, self.twice, None, self.eps)[..., :len(self.wide)]
@@ -98,13 +99,11 @@ class Prepared(nn.Module):
         self.number = next(_NUMBERS)
         _PREPARED[self.number] = self
 
-    def product(self, x, rest=None): # To be called through `multiply`
-        raise NotImplementedError
-
-    def gives(self, x) -> torch.Tensor: # Like a product, without numbers
-        return x.new_empty((*x.shape[:-1], self.out_features))
+    def product(self, x, rest=None): raise NotImplementedError  # to be called through `multiply`
+    def gives(self, x) -> torch.Tensor: return x.new_empty((*x.shape[:-1], self.out_features))
 
     def multiply(self, x, rest=None):
+        "The product, and what is added to it; like what `gives` gives."
         return _prepared(x, rest, self.number) if torch.compiler.is_compiling() else self.product(x, rest)
 
 @torch.library.custom_op('llm_distill::prepared', mutates_args=())

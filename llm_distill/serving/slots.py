@@ -173,7 +173,7 @@ def _compiled(model, mode: str, static: bool):
     if mode not in torch._inductor.list_mode_options():
         raise BadInput(f'torch_compile is one of {", ".join(torch._inductor.list_mode_options())}, not {mode!r}')
     options = torch._inductor.list_mode_options(mode) | {'freezing': True}  # the weights do not change: pack them
-    trusted = getattr(torch.compiler, 'skip_guard_on_all_nn_modules_unsafe', None)  # nor does anything else of the model
+    trusted = getattr(torch.compiler, 'skip_guard_on_all_nn_modules_unsafe', None)  # nor anything else in it
     if trusted is not None: options |= {'guard_filter_fn': trusted}
     return torch.compile(model, options=options, dynamic=False if static else None)
 
@@ -192,7 +192,7 @@ class SlotModel:
         model,               # A causal LM
         slots: int,          # Texts at the same time
         capacity: int = 2048, # Tokens of each
-        compiled: str|None = None, # A mode of `torch.compile` for the steps; the first ones then take a minute
+        compiled: str|None = None, # A mode of `torch.compile` for the steps; this then takes a minute or two
         static: bool = False, # Steps look over the whole slot, so that all have the same shapes
     ):                       # Raises `ServerError` for models whose layers remember in other ways
         kinds = set(getattr(model.config, 'layer_types', None) or []) - {'full_attention', 'sliding_attention'}
@@ -203,7 +203,7 @@ class SlotModel:
         model.set_attn_implementation(ATTENTION)
         self.static, self._stepping = static, model if compiled is None else _compiled(model, compiled, static)
         self.counts, self.together = row_counts(model, slots), {n: pieces_together(model, n) for n in self.lengths}
-        if compiled is not None and slots > 1: self.counts = [n for n in self.counts if n > 1]  # 1 would be compiled anew
+        if compiled is not None and slots > 1: self.counts = [n for n in self.counts if n > 1]  # 1 needs a program more
         slots = -(-slots//self.counts[-1])*self.counts[-1]
         # one place more than can be filled: whoever is at the end writes there while others go on
         self.places = _Places(slots, self.capacity + 1, self.device, not static and compiled is None)
@@ -257,7 +257,7 @@ class SlotModel:
         "Read one piece of some prompts, each into its slot."
         stops, (length, *_) = zip(*(self.piece(ids, start) for ids in prompts))
         p, p.width = self.places, start + length
-        self._room(p.width)
+        self._room(max(p.width, *map(len, prompts)))
         p.filling = [(slot, start, stop) for slot, stop in zip(slots, stops)]
         tokens = torch.zeros(len(slots), length, dtype=torch.long)  # in front of a short piece stands what nobody reads
         for row, ids, stop in zip(tokens, prompts, stops): row[length - stop + start:] = torch.tensor(ids[start:stop])

@@ -28,7 +28,8 @@ QUIET = {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'TRANSFORMERS
          'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
 FLAGS = ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx512_vnni')
 NAMES = {'ours': 'ours, as it comes', 'ours_int8': 'ours, int8', 'ours_compile': 'ours, compiled',
-         'ours_float32': 'ours, float32', 'transformers': 'transformers serve',
+         'ours_int8_compile': 'ours, int8, compiled', 'ours_float32': 'ours, float32',
+         'transformers': 'transformers serve',
          'transformers_batching': 'the same, batching, bf16', 'llama_q4': 'llama_cpp.server Q4_1',
          'llama_float': 'llama_cpp.server F16', 'static': 'generate, static batch, bf16',
          'static_float32': 'generate, static batch, float32'}
@@ -70,8 +71,8 @@ def command(server: str, python: str, port: int, folder: Path) -> tuple[list[str
     from llm_distill.models import smollm2
     place, host = str(smollm2()), ['--host', '127.0.0.1', '--port', str(port)]
     if server.startswith('ours'):
-        how = {'ours_int8': ['--quantize', 'int8'], 'ours_compile': ['--torch-compile'],
-               'ours_float32': ['--dtype', 'float32']}.get(server, [])
+        how = {'int8': ['--quantize', 'int8'], 'compile': ['--torch-compile'], 'float32': ['--dtype', 'float32']}
+        how = [word for part in server.split('_')[1:] for word in how[part]]
         return [sys.executable, '-m', 'llm_distill.cli', 'serve', place, *host, '--name', 'm', *how], 'm'
     if server.startswith('transformers'):
         how = ['--continuous-batching', '--dtype', 'bfloat16'] if 'batching' in server else []
@@ -191,7 +192,7 @@ def main() -> None:
     two_cores()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json', action='store_true', help='print JSON alone')
-    parser.add_argument('--servers', default=','.join(n for n in NAMES if n != 'ours_compile'), help='which to run')
+    parser.add_argument('--servers', default=','.join(n for n in NAMES if 'compile' not in n), help='which to run')
     parser.add_argument('--rounds', type=int, default=2, help='of all servers in turns; the best of each counts')
     parser.add_argument('--peers-python', metavar='PATH', default=sys.executable, help='an interpreter that has them')
     parser.add_argument('--static', help=argparse.SUPPRESS)
