@@ -222,7 +222,10 @@ class SlotModel:
                 self.step({first + count - 1: 0})
         except Exception as e:
             raise ServerError(f'this model cannot be compiled; leave --torch-compile out ({type(e).__name__})') from e
-        for slot in range(self.places.slots): self.wipe(slot)
+        for layer in self.cache.layers:
+            if self.device.type == 'cpu': layer.move([])  # memory that nobody has written to
+            else: layer.keys.zero_(); layer.values.zero_()
+        self.forget()
         self.places.position.zero_()
 
     def _forward(self, model, ids, positions, seen, keep): # seen: (B, 1, T, W), true where attended to
