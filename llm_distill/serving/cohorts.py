@@ -93,6 +93,7 @@ class CohortModel:
 
     def shared(self, ids: list[int], spare: set[int]) -> tuple[int, int]: return min(spare, default=0), 0
     def copy(self, source: int, target: int, n: int) -> None: pass
+    def spare(self, *_) -> list[int]: return []
 
     def _encoded(self, ids: list[int]): # Nobody's cohort with the start written, and logits behind it
         row = torch.tensor([ids], device=self.device)

@@ -20,8 +20,9 @@ import torch
 
 from ..device import release_threads
 from .fuse import fuse
+from .places import bytes_per_token
 from .sampling import Sampling
-from .slots import SlotModel, bytes_per_token
+from .slots import GUESSES, SlotModel
 from .words import Emit, Job, Piece, Words
 from ..types import BadInput, ServerBusy, ServerError
 
@@ -39,6 +40,8 @@ class Stats:
     reused_tokens: int = 0  # Of prompts, taken over from one that began likewise
     tokens: int = 0         # Generated
     steps: int = 0
+    guesses: int = 0        # Tokens that were tried before their time
+    right: int = 0          # And were generated then
     seconds: float = 0.     # That the model computed
 
 # %% ../../nbs/10_serving.engine.ipynb #bdd04718
@@ -164,15 +167,42 @@ class _Work:
             if not job.sampling.max_tokens: self._leave(slot); job.tell(Piece('', finish='length', prompt=job.rows))
         if any(asked): self._advance({slot: j for slot, j in some.items() if j.sampling.max_tokens}, logits[asked])
 
-    def _write(self, writing: dict[int, Job]):
-        try: logits = self.slots.step({slot: job.said[-1] for slot, job in writing.items()})
+    def _write(self, writing: dict[int, Job], guess: bool = True):
+        tried = self._try(writing) if guess and self.lookup else {}
+        tokens = {slot: job.said[-1] for slot, job in writing.items()}
+        for some in tried.values(): tokens |= some
+        try: logits = self.slots.step(tokens)
         except Exception as e:
+            if tried: return self._write(writing, False)
             if len(writing) == 1: return self._fail(*writing, e)
-            for slot, job in writing.items(): self._write({slot: job})  # one of them may be the cause
-        else: self._advance(writing, logits)
+            for slot, job in writing.items(): self._write({slot: job}, False)  # one of them may be the cause
+        else:
+            self.stats.steps += 1
+            self._advance(writing, logits[:len(writing)])
+            self._follow(writing, tried, dict(zip([*tokens][len(writing):], logits[len(writing):].split(1))))
+
+    def _try(self, writing: dict[int, Job]) -> dict[int, dict[int, int]]:
+        "What may come next, for slots: their twins, and a token for each."
+        jobs = [*writing.values()]
+        alone = 0 if len(jobs) > 1 else GUESSES + 1 if jobs[0].lucky else 2  # rows that may cost something
+        spare = self.slots.spare(writing, self._at, alone)
+        guesses = {slot: some for slot, job in writing.items() if (some := job.guess(GUESSES))} if spare else {}
+        twins = self.slots.pair({slot: len(some) for slot, some in guesses.items()}, spare) if guesses else {}
+        return {slot: dict(zip(some, guesses[slot])) for slot, some in twins.items()}
+
+    def _follow(self, writing: dict[int, Job], tried: dict[int, dict[int, int]], behind: dict[int, torch.Tensor]):
+        "Go on where a guess was right: what comes behind it is known already."
+        for slot, some in tried.items():
+            job, before = writing[slot], self.stats.right
+            for twin, token in some.items():
+                if self._at.get(slot) is not job or job.said[-1] != token: break
+                self.slots.keep(slot, token)
+                self.stats.right += 1
+                self._advance({slot: job}, behind[twin])
+            self.stats.guesses += len(some)
+            job.lucky = self.stats.right > before
 
     def _advance(self, writing: dict[int, Job], logits: torch.Tensor):
-        self.stats.steps += 1
         try: pieces = self.words.choose([*writing.values()], logits)
         except Exception as e:
             if len(writing) == 1: return self._fail(*writing, e)
@@ -225,6 +255,7 @@ class Engine(_Line, _Work):
         budget: int = 256,       # Tokens of prompts that are read between two steps
         remember: bool = True,   # Beginnings of prompts, also while nobody asks; not if weights may change meanwhile
         idle: float|None = None, # Seconds without work after which it ends by itself, and lets go of its memory
+        lookup: bool = True,     # Try what may come next by what was said before; the answers are the same
         fused: bool = False,     # Change the model for speed, so that it is good for nothing else
         trace: str|None = None,  # A file for the first 200 turns, operation by operation (chrome://tracing)
         **how,                   # What else `SlotModel` takes
@@ -233,7 +264,7 @@ class Engine(_Line, _Work):
         window = getattr(config, 'sliding_window', None) or max_context
         known = getattr(config, 'max_position_embeddings', None) or max_context
         self.max_context, self.budget, self.queue = min(max_context, known, window), budget, queue
-        self.remember, self.idle = remember, idle
+        self.remember, self.idle, self.lookup = remember, idle, lookup
         each = self.max_context*bytes_per_token(config, model.dtype)
         room = .6*free_memory(model.device) if memory is None else memory
         if each > room:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .slots import ATTENTION, grouped_attention
+from .places import ATTENTION, grouped_attention
 
 # %% ../../nbs/10_serving.layers.ipynb #e3d47f8f
 def side_by_side(

@@ -110,7 +110,8 @@ def _opened(options: ServeOptions, model, tokenizer) -> Service:
         quantize_for_cpu(fuse(model, packed=False))
         plain = False
     engine = Engine(model, tokenizer, options.batch_size, options.max_model_len, _QUEUE, fused=plain,
-                    compiled=options.torch_compile, static=options.static_cache, trace=options.profile)
+                    compiled=options.torch_compile, static=options.static_cache, trace=options.profile,
+                    lookup=not options.no_lookup)
     trim_memory()  # of weights before they were packed
     return Service(engine, tokenizer, name, options.max_logprobs, options.max_concurrent)
 

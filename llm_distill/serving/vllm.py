@@ -121,6 +121,7 @@ _NOT_THERE = {  # option: (what may be asked for all the same, why nothing else)
     'device': ((None, 'cuda'), 'which devices it runs on was settled when it was built; --gpus chooses among them'),
     'max_concurrent': ((None, 100), 'it lets all requests wait; let a proxy in front of it count them'),
     'torch_compile': ((None, False), 'it compiles by itself'),
+    'no_lookup': ((None, False, True), 'it looks nothing up by itself'),
     'static_cache': ((None, False), 'its cache is paged'),
     'architecture': ((None, 'decoder'), 'it reads from the model what it is'),
     'task': ((None, 'chat'), 'it reads from the model what it does'),

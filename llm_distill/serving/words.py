@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models import token_bytes
+from .lookup import Lookup
 from .sampling import Sampling, penalise, pick
 from .tools import mark_ids
 
@@ -76,6 +77,8 @@ class Job:
     cancelled: bool = False
     pieces: list[Piece] = field(default_factory=list) # Not told yet
     rows: PromptRows|None = None
+    past: Lookup|None = None  # All that was read and said, once that is looked at
+    lucky: bool = False       # Whether the last guess was right
 
     def __post_init__(self):
         self.text, self.random = TextStream(self.sampling.stop), torch.Generator()
@@ -91,6 +94,14 @@ class Job:
         try: self.emit(self.pieces)
         except Exception: self.cancelled = True
         self.pieces = []
+
+    def guess(
+        self, most: int, # Tokens
+    ) -> list[int]:
+        "What may come next."
+        if self.past is None: self.past = Lookup(self.prompt)
+        self.past.add(self.said[len(self.past) - len(self.prompt):])
+        return self.past.guess(most)
 
 # %% ../../nbs/10_serving.words.ipynb #0b0b8524
 _log = logging.getLogger(__name__)
