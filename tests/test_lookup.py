@@ -57,8 +57,8 @@ def answers(engine: Engine, requests, at_once: int) -> list[list[tuple]]:
 def test_nothing_is_said_otherwise_in_any_company(folder, dtype):
     requests, tokenizer = some_requests(40), load_tokenizer(folder)
     for slots, at_once in ((2, 1), (4, 3), (40, 33)):
-        plain, engine = (Engine(load_model(folder, 'cpu', dtype), tokenizer, slots=slots, max_context=256, lookup=lookup)
-                         for lookup in (False, True))
+        plain, engine = (Engine(load_model(folder, 'cpu', dtype), tokenizer, slots=slots, max_context=256, lookup=on)
+                         for on in (False, True))
         expected = answers(plain, requests, 1)
         assert answers(engine, requests, at_once) == expected
         assert not any(piece[5] == 'error' for pieces in expected for piece in pieces)

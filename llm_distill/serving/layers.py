@@ -39,6 +39,8 @@ def _normed(norm, product, x): # And takes the norm along
 
 class FusedLayer(nn.Module):
     "A decoder layer of Llama's kind; reads what `Turns` makes of the positions."
+    normed = ('before', 'qkv'), ('after', 'gate_up')  # norms, and the products that alone read them
+
     def __init__(self, layer: nn.Module):
         super().__init__()
         a, mlp = layer.self_attn, layer.mlp

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .fuse import Prepared, leave_file, replace_modules
+from .layers import FusedLayer
 from ..types import BadInput, missing_package
 
 # %% ../../nbs/10_serving.quantize.ipynb #6c1b342b
@@ -27,9 +28,13 @@ def _largest() -> int: # What weights may be, with which this machine's products
 
 class Int8Linear(Prepared):
     "A linear layer with weights and inputs in 8 bits, on a CPU."
-    def __init__(self, linear: nn.Linear):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        share: torch.Tensor|None = None, # (in_features,), what its inputs were divided by
+    ):
         super().__init__(linear)
-        weight = linear.weight.float()
+        weight = linear.weight.float() if share is None else linear.weight.float()*share
         scale = weight.abs().amax(1).clamp_min(1e-12)/_largest()
         whole = (weight/scale[:, None]).round().to(torch.int8)
         self.packed, self.scale = torch.ops.onednn.qlinear_prepack(whole, None), scale
@@ -66,6 +71,33 @@ class Int8Linear(Prepared):
         return torch.addcmul(rest if self.bias is None else rest + self.bias, y, r)
 
 # %% ../../nbs/10_serving.quantize.ipynb #f444e7c0
+def _sizes(model, products: list[nn.Linear]) -> dict[nn.Linear, torch.Tensor]: # Of their inputs' channels
+    sizes, config, rng = {}, model.config.get_text_config(), torch.Generator().manual_seed(0)
+    def look(product, args): sizes[product] = args[0].float().flatten(0, -2).square().mean(0).sqrt()
+    hooks = [product.register_forward_pre_hook(look) for product in products]
+    try: model(torch.randint(config.vocab_size, (1, min(256, config.max_position_embeddings)), generator=rng))
+    finally:
+        for hook in hooks: hook.remove()
+    return sizes
+
+def _share(size: torch.Tensor, weight: torch.Tensor) -> torch.Tensor: # (in_features,), around 1
+    size, other = (x.clamp_min(max(1e-4*x.max().item(), 1e-12)) for x in (size, weight.float().square().mean(0).sqrt()))
+    share = (size/other).sqrt()
+    return share/share.log().mean().exp()
+
+def _balance(model) -> None:
+    "Products behind norms in 8 bits, the sizes of channels shared between the two."
+    found = [(layer, *names) for layer in model.modules() if isinstance(layer, FusedLayer) for names in layer.normed]
+    found = [(layer, norm, product) for layer, norm, product in found
+             if type(getattr(layer, product)) is nn.Linear and hasattr(type(getattr(layer, norm)), 'scale')]
+    sizes = _sizes(model, [getattr(layer, product) for layer, _, product in found]) if found else {}
+    for layer, norm, product in found:
+        before, linear = getattr(layer, norm), getattr(layer, product)
+        share = _share(sizes[linear], linear.weight)
+        setattr(layer, norm, type(before)(before.wide/share, before.eps))
+        setattr(layer, product, Int8Linear(linear, share))
+
+# %% ../../nbs/10_serving.quantize.ipynb #dab25cd8
 @torch.no_grad()  # or the scales hold on to float32 weights, for a gradient that nobody wants
 def quantize_for_cpu(
     model,  # A causal LM on a CPU; changed in place
@@ -73,6 +105,7 @@ def quantize_for_cpu(
     "All linear layers in 8 bits."
     if not hasattr(torch.ops.onednn, 'qlinear_prepack'):
         raise BadInput('int8 needs a PyTorch built with oneDNN; leave --quantize out')
+    _balance(model)
     replace_modules(model, lambda m: Int8Linear(m) if type(m) is nn.Linear else None)
     leave_file(model)
 
