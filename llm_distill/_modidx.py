@@ -2327,6 +2327,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel._rows': ( 'serving.slots.html#slotmodel._rows',
                                                                                           'llm_distill/serving/slots.py'),
+                                           'llm_distill.serving.slots.SlotModel._save': ( 'serving.slots.html#slotmodel._save',
+                                                                                          'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel._twin': ( 'serving.slots.html#slotmodel._twin',
                                                                                           'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel._warm': ( 'serving.slots.html#slotmodel._warm',

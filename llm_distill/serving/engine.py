@@ -41,7 +41,7 @@ class Stats:
     tokens: int = 0         # Generated
     steps: int = 0
     guesses: int = 0        # Tokens that were tried before their time
-    right: int = 0          # And were generated then
+    right_guesses: int = 0  # And were generated then
     seconds: float = 0.     # That the model computed
 
 # %% ../../nbs/10_serving.engine.ipynb #bdd04718
@@ -173,7 +173,9 @@ class _Work:
         for some in tried.values(): tokens |= some
         try: logits = self.slots.step(tokens)
         except Exception as e:
-            if tried: return self._write(writing, False)
+            if tried:
+                _log.warning('a step with guesses failed; once more without', exc_info=e)
+                return self._write(writing, False)
             if len(writing) == 1: return self._fail(*writing, e)
             for slot, job in writing.items(): self._write({slot: job}, False)  # one of them may be the cause
         else:
@@ -193,14 +195,14 @@ class _Work:
     def _follow(self, writing: dict[int, Job], tried: dict[int, dict[int, int]], behind: dict[int, torch.Tensor]):
         "Go on where a guess was right: what comes behind it is known already."
         for slot, some in tried.items():
-            job, before = writing[slot], self.stats.right
+            job, before = writing[slot], self.stats.right_guesses
             for twin, token in some.items():
                 if self._at.get(slot) is not job or job.said[-1] != token: break
                 self.slots.keep(slot, token)
-                self.stats.right += 1
+                self.stats.right_guesses += 1
                 self._advance({slot: job}, behind[twin])
             self.stats.guesses += len(some)
-            job.lucky = self.stats.right > before
+            job.lucky = self.stats.right_guesses > before
 
     def _advance(self, writing: dict[int, Job], logits: torch.Tensor):
         try: pieces = self.words.choose([*writing.values()], logits)

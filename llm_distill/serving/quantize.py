@@ -75,7 +75,8 @@ def _sizes(model, products: list[nn.Linear]) -> dict[nn.Linear, torch.Tensor]: #
     sizes, config, rng = {}, model.config.get_text_config(), torch.Generator().manual_seed(0)
     def look(product, args): sizes[product] = args[0].float().flatten(0, -2).square().mean(0).sqrt()
     hooks = [product.register_forward_pre_hook(look) for product in products]
-    try: model(torch.randint(config.vocab_size, (1, min(256, config.max_position_embeddings)), generator=rng))
+    ids = torch.randint(config.vocab_size, (1, min(256, config.max_position_embeddings)), generator=rng)
+    try: model.base_model(ids)
     finally:
         for hook in hooks: hook.remove()
     return sizes

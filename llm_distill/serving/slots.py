@@ -212,10 +212,16 @@ class SlotModel:
         return {slot: self.twins[slot][:n] for slot, n in guesses.items() if slot in self.twins}
 
     def _twin(self, slot, twin):
+        if len(self.held[twin]) >= self.chunk: self._save(twin)
         self.copy(slot, twin, len(self.held[slot]))
         self.held[twin] = []  # nothing that lasts
         self.twins.setdefault(slot, []).append(twin)
         self.places.position[twin] += len(self.twins[slot])
+
+    def _save(self, slot): # A beginning for which somebody may come back, where nothing is
+        twins = {twin for some in self.twins.values() for twin in some}
+        empty = next((s for s, held in enumerate(self.held) if not held and s not in twins), None)
+        if empty is not None: self.copy(slot, empty, len(self.held[slot]))
 
     def _part(self, slot: int): # As it will hold something else
         for source, twins in [*self.twins.items()]:

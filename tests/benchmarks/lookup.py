@@ -43,7 +43,7 @@ def write(engine, asked: list[list[int]], tokens: int, clients: int) -> tuple[fl
 
 def compared(engines: dict, asked: list[list[int]], clients: int, args) -> dict:
     seconds, stats = dict.fromkeys(engines, 0.), engines[True].stats
-    guesses, right = stats.guesses, stats.right
+    guesses, right = stats.guesses, stats.right_guesses
     for turn in range(args.rounds):
         said = {}
         for on in sorted(engines, reverse=turn % 2 == 1):
@@ -52,7 +52,7 @@ def compared(engines: dict, asked: list[list[int]], clients: int, args) -> dict:
         if said[True] != said[False]: raise SystemExit('the answers differ')
     n = args.rounds*sum(map(len, said[True]))
     return {'plain': n/seconds[False], 'with_guesses': n/seconds[True], 'ratio': seconds[False]/seconds[True],
-            'guesses': (stats.guesses - guesses)/n, 'right': (stats.right - right)/n}
+            'guesses': (stats.guesses - guesses)/n, 'right': (stats.right_guesses - right)/n}
 
 
 def main():
