@@ -2315,6 +2315,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel.__init__': ( 'serving.slots.html#slotmodel.__init__',
                                                                                              'llm_distill/serving/slots.py'),
+                                           'llm_distill.serving.slots.SlotModel._ends': ( 'serving.slots.html#slotmodel._ends',
+                                                                                          'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel._forward': ( 'serving.slots.html#slotmodel._forward',
                                                                                              'llm_distill/serving/slots.py'),
                                            'llm_distill.serving.slots.SlotModel._groups': ( 'serving.slots.html#slotmodel._groups',

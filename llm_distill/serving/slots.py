@@ -201,8 +201,7 @@ class SlotModel:
         "Let spare slots hold what others do, so that a step can go on from guesses; `step` and `keep` keep them alike."
         for slot, twins in [*self.twins.items()]:
             if not set(twins) <= set(spare): self._part(slot)
-        used = {twin for twins in self.twins.values() for twin in twins}
-        free = [slot for slot in spare if slot not in used]
+        free = [slot for slot in spare if slot not in self._ends()]
         free.sort(key=lambda slot: len(self.held[slot]) >= self.chunk) # rather not where a beginning may be of use
         for n in range(1, GUESSES + 1):
             for slot in (s for s, most in guesses.items() if len(self.twins.get(s, [])) < n <= most):
@@ -219,9 +218,12 @@ class SlotModel:
         self.places.position[twin] += len(self.twins[slot])
 
     def _save(self, slot): # A beginning for which somebody may come back, where nothing is
-        twins = {twin for some in self.twins.values() for twin in some}
+        twins = self._ends()
         empty = next((s for s, held in enumerate(self.held) if not held and s not in twins), None)
         if empty is not None: self.copy(slot, empty, len(self.held[slot]))
+
+    def _ends(self) -> dict[int, int]: # Where the twins write
+        return {twin: len(self.held[s]) + n for s, twins in self.twins.items() for n, twin in enumerate(twins, 1)}
 
     def _part(self, slot: int): # As it will hold something else
         for source, twins in [*self.twins.items()]:
@@ -241,10 +243,9 @@ class SlotModel:
         "One token more for some slots. The others write behind their ends, where nobody looks."
         groups = self._groups(tokens)
         logits = [self._rows(tokens, here, first) for first, here in groups]
-        twins = {twin for some in self.twins.values() for twin in some}
-        for slot in tokens.keys() - twins: self.held[slot].append(tokens[slot])
-        moved = [s for slot in tokens.keys() - twins for s in (slot, *self.twins.get(slot, []))]
-        self.places.position[moved] += 1
+        own = tokens.keys() - self._ends().keys()
+        for slot in own: self.held[slot].append(tokens[slot])
+        self.places.position[[s for slot in own for s in (slot, *self.twins.get(slot, []))]] += 1
         if len(groups) == 1: return logits[0]
         order = [slot for _, here in groups for slot in here]
         return torch.cat(logits) if order == [*tokens] else torch.cat(logits)[[order.index(slot) for slot in tokens]]
@@ -256,7 +257,7 @@ class SlotModel:
 
     def _rows(self, tokens, here, first) -> torch.Tensor: # (len(here), V)
         p, count = self.places, next(n for n in self.counts if n > max(here) - first)
-        ends = {twin: len(self.held[slot]) + n for slot, twins in self.twins.items() for n, twin in enumerate(twins, 1)}
+        ends = self._ends()
         width = self.capacity if self.static else rounded(max(ends.get(s, len(self.held[s])) for s in here) + 1)
         p.look(first, self._into(range(first, first + count)), min(width, self.capacity))
         self._room(p.width)
