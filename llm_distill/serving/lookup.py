@@ -15,11 +15,18 @@ def _written(ids: Iterable[int]) -> str: return ''.join(map(chr, ids))  # a stri
 
 class Lookup:
     "A text of tokens, and guesses how it goes on."
-    def __init__(self, ids: Iterable[int] = ()): self.text = _written(ids)
+    def __init__(
+        self,
+        ids: Iterable[int] = (), # Tokens that the text begins with
+    ): self.text = _written(ids)
 
     def __len__(self) -> int: return len(self.text)
 
-    def add(self, ids: Iterable[int]) -> None: self.text += _written(ids)
+    def add(
+        self, ids: Iterable[int], # Token ids
+    ) -> None:
+        "The text goes on."
+        self.text += _written(ids)
 
     def guess(
         self, most: int, # How many tokens

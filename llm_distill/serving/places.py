@@ -64,7 +64,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def rounded(
     n: int, # Places
 ) -> int:   # Up to a multiple of 64 or of a sixteenth
-    "As there should be few different numbers."
+    "A number for room or width that stays the same for many steps."
     step = 1 << max(n.bit_length() - 5, 6)
     return -(-n//step)*step
 
