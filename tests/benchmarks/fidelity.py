@@ -14,7 +14,8 @@ from llm_distill.serving.places import ATTENTION
 from llm_distill.serving.quantize import quantize_for_cpu
 
 QUESTIONS = ('Why is the sky blue?', 'Write a poem about a castle by the sea.',
-             'Explain how a computer stores numbers.', 'Give me a recipe for bread.', 'What did the Romans build?', 'Tell me about the moon.')
+             'Explain how a computer stores numbers.', 'Give me a recipe for bread.', 'What did the Romans build?',
+             'Tell me about the moon.')
 
 
 def served(kind: str):
