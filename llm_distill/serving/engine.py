@@ -20,6 +20,7 @@ import torch
 
 from ..device import release_threads
 from .fuse import fuse
+from .lookup import Phrases
 from .places import bytes_per_token
 from .sampling import Sampling
 from .slots import GUESSES, SlotModel
@@ -80,6 +81,10 @@ class _Line:
 def _common(a: list[int], b: list[int]) -> int: # Length of the common beginning
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
+
+# %% ../../nbs/10_serving.engine.ipynb #83265a78
+def _widely(work: Callable, *args): return work(*args)
+_widely.__code__ = _widely.__code__.replace(co_stacksize=1 << 16)  # entries of 8 bytes, which nobody touches
 
 # %% ../../nbs/10_serving.engine.ipynb #311792cb
 @contextmanager
@@ -185,24 +190,22 @@ class _Work:
 
     def _try(self, writing: dict[int, Job]) -> dict[int, dict[int, int]]:
         "What may come next, for slots: their twins, and a token for each."
-        jobs = [*writing.values()]
-        alone = 0 if len(jobs) > 1 else GUESSES + 1 if jobs[0].lucky else 2  # rows that may cost something
-        spare = self.slots.spare(writing, self._at, alone)
-        guesses = {slot: some for slot, job in writing.items() if (some := job.guess(GUESSES))} if spare else {}
+        spare = self.slots.spare(writing, self._at, GUESSES + 1 if len(writing) == 1 else 0)
+        guesses = {slot: job.guess(GUESSES, self.phrases) for slot, job in writing.items()} if spare else {}
+        guesses = {slot: some for slot, some in guesses.items() if some}
         twins = self.slots.pair({slot: len(some) for slot, some in guesses.items()}, spare) if guesses else {}
         return {slot: dict(zip(some, guesses[slot])) for slot, some in twins.items()}
 
     def _follow(self, writing: dict[int, Job], tried: dict[int, dict[int, int]], behind: dict[int, torch.Tensor]):
         "Go on where a guess was right: what comes behind it is known already."
         for slot, some in tried.items():
-            job, before = writing[slot], self.stats.right_guesses
+            job = writing[slot]
             for twin, token in some.items():
                 if self._at.get(slot) is not job or job.said[-1] != token: break
                 self.slots.keep(slot, token)
                 self.stats.right_guesses += 1
                 self._advance({slot: job}, behind[twin])
             self.stats.guesses += len(some)
-            job.lucky = self.stats.right_guesses > before
 
     def _advance(self, writing: dict[int, Job], logits: torch.Tensor):
         try: pieces = self.words.choose([*writing.values()], logits)
@@ -212,7 +215,7 @@ class _Work:
         for slot, job, piece in zip(writing, writing.values(), pieces):
             if piece.finish == 'error': self._fail(slot); continue
             self.stats.tokens += 1
-            if piece.finish: self._leave(slot)
+            if piece.finish: self._leave(slot); self.phrases.add(job.said if self.lookup else ())
             job.tell(piece)
 
     def _leave(self, slot: int): self._at.pop(slot, None)
@@ -266,7 +269,7 @@ class Engine(_Line, _Work):
         window = getattr(config, 'sliding_window', None) or max_context
         known = getattr(config, 'max_position_embeddings', None) or max_context
         self.max_context, self.budget, self.queue = min(max_context, known, window), budget, queue
-        self.remember, self.idle, self.lookup = remember, idle, lookup
+        self.remember, self.idle, self.lookup, self.phrases = remember, idle, lookup, Phrases()
         each = self.max_context*bytes_per_token(config, model.dtype)
         room = .6*free_memory(model.device) if memory is None else memory
         if each > room:
@@ -275,8 +278,8 @@ class Engine(_Line, _Work):
         self.size, self.stats, self.words = min(slots, int(room//each)), Stats(), Words(model, tokenizer)
         self._waiting, self._at, self._tasks, self._gone = deque(), {}, deque(), False
         self._work, self.ended, ready = threading.Condition(), None, Future()  # why the engine answers no more
-        self._thread = threading.Thread(target=self._run, args=[model, fused, trace, how, ready], name='engine',
-                                        daemon=True)
+        self._thread = threading.Thread(target=_widely, args=[self._run, model, fused, trace, how, ready],
+                                        name='engine', daemon=True)
         self._thread.start()
         self.slots = ready.result()
 

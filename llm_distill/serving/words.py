@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models import token_bytes
-from .lookup import Lookup
+from .lookup import Lookup, Phrases
 from .sampling import Sampling, penalise, pick
 from .tools import mark_ids
 
@@ -78,7 +78,6 @@ class Job:
     pieces: list[Piece] = field(default_factory=list) # Not told yet
     rows: PromptRows|None = None
     past: Lookup|None = None  # All that was read and said, once that is looked at
-    lucky: bool = False       # Whether the last guess was right
 
     def __post_init__(self):
         self.text, self.random = TextStream(self.sampling.stop), torch.Generator()
@@ -97,11 +96,12 @@ class Job:
 
     def guess(
         self, most: int, # Tokens
+        phrases: Phrases, # Of other answers
     ) -> list[int]:
         "What may come next."
         if self.past is None: self.past = Lookup(self.prompt)
         self.past.add(self.said[len(self.past) - len(self.prompt):])
-        return self.past.guess(most)
+        return self.past.guess(most, phrases)
 
 # %% ../../nbs/10_serving.words.ipynb #0b0b8524
 _log = logging.getLogger(__name__)
