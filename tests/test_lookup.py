@@ -77,6 +77,22 @@ def test_a_text_that_repeats_itself_takes_fewer_steps(folder):
     assert stats.steps + stats.right_guesses == 99 and stats.guesses - 3 <= stats.right_guesses and stats.steps < 40
 
 
+def test_what_was_said_to_one_is_a_guess_for_the_next(folder):
+    "Only an answer, not a prompt; and what is said is what an engine says that guesses nothing."
+    prompt, how, said = list(range(30, 70)), Sampling(60, temperature=.8, seed=1, ignore_eos=True), {}
+    for lookup in (True, False):
+        engine = Engine(load_model(folder, 'cpu'), load_tokenizer(folder), slots=4, max_context=256, lookup=lookup)
+        for turn in range(2):
+            done, steps = threading.Event(), engine.stats.steps
+            job = engine.submit(prompt, how, lambda pieces: done.set(), stream=False)
+            assert done.wait(60)
+            said[lookup, turn] = job.said, engine.stats.steps - steps
+        engine.close()
+        assert bool(engine.phrases.young) == lookup and not engine.phrases.young.get(chr(30) + chr(31) + chr(32))
+    assert len({str(text) for text, _ in said.values()}) == 1 and len(set(said[True, 0][0])) > 20
+    assert said[False, 0][1] == said[False, 1][1] == 59 and said[True, 1][1] < 25 < said[True, 0][1]
+
+
 def test_a_server_tells_of_its_guesses_and_can_do_without(folder):
     said = []
     for how in ({}, {'no_lookup': True}):

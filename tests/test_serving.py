@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -17,7 +18,7 @@ import torch
 from conftest import SCRIPT
 from llm_distill import serve
 from llm_distill.models import encode_chat, load_model, load_tokenizer
-from llm_distill.serving.engine import Engine
+from llm_distill.serving.engine import Engine, _widely
 from llm_distill.serving.sampling import Sampling
 from llm_distill.types import ServerBusy
 from pydantic import BaseModel
@@ -65,6 +66,20 @@ def messages(text): return [{'role': 'user', 'content': text}]
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(sys.platform != 'linux' or sys.version_info < (3, 11), reason='frames in pieces, and counted')
+def test_no_call_of_the_engines_thread_maps_memory():
+    import resource  # not on Windows
+    def nothing(): pass
+    def faults(depth):
+        if depth: return faults(depth - 1)
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for _ in range(500): nothing()
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+    def worst(): return max(faults(depth) for depth in range(300))
+    with ThreadPoolExecutor(1) as pool: assert pool.submit(worst).result() >= 500  # what it is against
+    with ThreadPoolExecutor(1) as pool: assert pool.submit(_widely, worst).result() < 100
+
 
 @pytest.fixture(scope='module')
 def local(): return load_model('smollm2', 'cpu', torch.float32), load_tokenizer('smollm2')

@@ -17,7 +17,11 @@ from ..device import cpu_flags
 from .layers import alike, fuse_layers, side_by_side
 
 # %% ../../nbs/10_serving.fuse.ipynb #84605990
-class _Joined(nn.Module):
+class _Bare(nn.Module):
+    "A module that is called without looking for hooks, which takes as long as a small operation."
+    def __call__(self, *args): return self.forward(*args)
+
+class _Joined(_Bare):
     "Several projections in one; gives the first one's part."
     def __init__(self, parts: list[nn.Linear]):
         super().__init__()
@@ -28,7 +32,7 @@ class _Joined(nn.Module):
         self.asked = x, rest
         return first
 
-class _Part(nn.Module):
+class _Part(_Bare):
     "The part of a joined projection that was asked for as number `i`."
     def __init__(self, joined: _Joined, i: int):
         super().__init__()
@@ -39,11 +43,11 @@ class _Part(nn.Module):
         if joined.asked[0] is not x: joined(x)
         return joined.asked[1][self.i]
 
-class _Norm(nn.Module):
+class _Norm(_Bare):
     def __init__(self, weight, eps): super().__init__(); self.weight, self.eps = weight, eps
     def forward(self, x): return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-class _CpuNorm(nn.Module):
+class _CpuNorm(_Bare):
     "The same in three operations, where torch's own is made of ten: a row beside its negative has the mean 0."
     def __init__(self, weight, eps):
         super().__init__()
@@ -91,7 +95,7 @@ def replace_modules(
 # %% ../../nbs/10_serving.fuse.ipynb #50550d59
 _NUMBERS, _PREPARED = count(), WeakValueDictionary()  # layers by their numbers
 
-class Prepared(nn.Module):
+class Prepared(_Bare):
     "A linear layer with its weight in a form that oneDNN alone reads."
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -104,14 +108,14 @@ class Prepared(nn.Module):
 
     def multiply(self, x, rest=None):
         "The product, and what is added to it; like what `gives` gives."
-        return _prepared(x, rest, self.number) if torch.compiler.is_compiling() else self.product(x, rest)
+        if torch.compiler.is_compiling(): return torch.ops.llm_distill.prepared(x, rest, self.number)
+        return self.product(x, rest)
 
-@torch.library.custom_op('llm_distill::prepared', mutates_args=())
-def _prepared(x: torch.Tensor, rest: torch.Tensor|None, number: int) -> torch.Tensor:
-    return _PREPARED[number].product(x, rest)
-
-@_prepared.register_fake
-def _(x, rest, number): return _PREPARED[number].gives(x)
+_OPERATIONS = torch.library.Library('llm_distill', 'FRAGMENT')  # it ends with this; calls cost less than a `custom_op`'s
+_OPERATIONS.define('prepared(Tensor x, Tensor? rest, int number) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
+_OPERATIONS.impl('prepared', lambda x, rest, number: _PREPARED[number].product(x, rest), 'CPU')
+torch.library.register_fake('llm_distill::prepared', lambda x, rest, number: _PREPARED[number].gives(x),
+                            lib=_OPERATIONS)
 
 class Packed(Prepared):
     "A linear layer whose weight lies in the order in which this CPU reads it."

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .places import ATTENTION, grouped_attention
+from .places import ATTENTION, SlotLayer, grouped_attention
 
 # %% ../../nbs/10_serving.layers.ipynb #e3d47f8f
 def side_by_side(
@@ -51,17 +51,22 @@ class FusedLayer(nn.Module):
         self.keys = a.k_proj.out_features//a.head_dim
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **_):
-        cos, sin = position_embeddings
-        heads = _normed(self.before, self.qkv, hidden_states).to(cos.dtype)
-        heads = heads.unflatten(-1, (-1, self.width))  # (B, T, Hq + 2Hk, D)
-        qk, v = heads[:, :, :-self.keys], heads[:, :, -self.keys:].transpose(1, 2)
-        qk = torch.addcmul(qk*cos, qk.roll(self.width//2, -1), sin).transpose(1, 2)
-        q, k = qk[:, :-self.keys], qk[:, -self.keys:]
-        if past_key_values is not None: k, v = past_key_values.update(k, v, self.number)
-        seen, _ = grouped_attention(self, q, k, v, attention_mask, self.scaling)
-        hidden = _plus(hidden_states, self.out, seen.flatten(2))
-        gate, up = _normed(self.after, self.gate_up, hidden).chunk(2, -1)
-        return _plus(hidden, self.down, self.act(gate)*up)
+        (cos, sin), parts = position_embeddings, self._modules  # as attributes they are found at the third place
+        heads = _normed(parts['before'], parts['qkv'], hidden_states).to(cos.dtype)
+        heads = heads.view(*heads.shape[:-1], -1, self.width)  # (B, T, Hq + 2Hk, D)
+        qk, v = heads[:, :, :-self.keys], heads[:, :, -self.keys:]
+        qk = torch.addcmul(qk*cos, qk.roll(self.width//2, -1), sin)
+        seen = self._attend(qk[:, :, :-self.keys], qk[:, :, -self.keys:], v, attention_mask, past_key_values)
+        hidden = _plus(hidden_states, parts['out'], seen)
+        gate, up = _normed(parts['after'], parts['gate_up'], hidden).chunk(2, -1)
+        return _plus(hidden, parts['down'], parts['act'](gate)*up)
+
+    def _attend(self, q, k, v, mask, cache): # (B, T, H, D); (B, T, Hq*D)
+        held = None if cache is None else next(iter(cache.layers[self.number:]), None)
+        if isinstance(held, SlotLayer) and held.attends(q): return held.attend(q, k, v, mask, self.scaling)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if cache is not None: k, v = cache.update(k, v, self.number)
+        return grouped_attention(self, q, k, v, mask, self.scaling)[0].flatten(2)
 
 class Turns(nn.Module):
     "Cosine and sine for all heads, the sign of the half that changes places in the sine."

@@ -23,13 +23,14 @@ from ..types import ServerError
 # Types for which torch's own kernel is slow here, or has sums that depend on the thread
 _BY_PRODUCTS = {torch.float32} if 'amx_bf16' in cpu_flags() else {torch.float32, torch.bfloat16}
 
-def _by_products(rows, key, value, mask, scaling): # (B, Hk, few, D), as `scaled_dot_product_attention`
-    (batch, heads, few, width), length = rows.shape, key.shape[2]
-    key, value = (x.contiguous().view(batch*heads, length, -1) for x in (key, value))
-    scores = torch.bmm(rows.reshape(batch*heads, few, width), key.transpose(1, 2)).view(batch, heads, few, length)
+def _fits(query: torch.Tensor) -> bool: return query.device.type == 'cpu' and query.dtype in _BY_PRODUCTS
+
+def _by_products(rows, keys, values, mask, scaling): # (B, Hk, few, D), twice (B*Hk, W, D); (B*Hk, few, D)
+    (_, heads, few, width), length = rows.shape, keys.shape[1]
+    scores = torch.bmm(rows.reshape(-1, few, width), keys.transpose(1, 2)).view(-1, heads, few, length)
     if mask.dtype == torch.bool: mask = torch.zeros_like(mask, dtype=rows.dtype).masked_fill_(~mask, -torch.inf)
     shares = torch.add(mask, scores, alpha=width**-.5 if scaling is None else scaling).softmax(-1)
-    return torch.bmm(shares.view(batch*heads, few, length), value).view(batch, heads, few, -1)
+    return torch.bmm(shares.view(-1, few, length), values)
 
 # %% ../../nbs/10_serving.places.ipynb #634c82a6
 ATTENTION = 'llm_distill_slots'
@@ -52,8 +53,8 @@ def grouped_attention(
         attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - length)[None, None]
     if length > 1 and groups > 1: attention_mask = attention_mask.repeat(1, 1, groups, 1)
     rows = query.reshape(batch, key.shape[1], groups*length, width)
-    few = length == 1 and query.device.type == 'cpu' and query.dtype in _BY_PRODUCTS
-    if few: out = _by_products(rows, key, value, attention_mask, scaling)
+    if length == 1 and _fits(query):
+        out = _by_products(rows, *(x.flatten(0, 1) for x in (key, value)), attention_mask, scaling)
     else: out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(batch, heads, length, -1).transpose(1, 2), None
 
@@ -85,6 +86,7 @@ class Places:
         # of a step: its first slot, where each row writes, (rows,), to which slots, (copies, rows), and what it sees,
         # (rows, width)
         self.first, self.now, self.into, self.seen = 0, None, None, None
+        self.where, self.copies = (0, 0, 0), 1  # of a step: its first slot, rows and width
         self._targets = {}
 
     def look(
@@ -97,6 +99,8 @@ class Places:
         self.first, self.into, self.width, self._targets = first, into, width, {}
         self.now = self.position[first:first + into.shape[1]]
         self.seen = torch.arange(width, device=into.device)[None] <= self.now[:, None]
+        self.copies, rows = into.shape
+        self.where = first, rows, width
 
     def targets(
         self,
@@ -117,7 +121,10 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 class SlotLayer(CacheLayerMixin):
     "Keys and values of one layer, (slots, heads, room, head_dim)."
-    def __init__(self, places: Places): super().__init__(); self.places, self.is_initialized = places, True
+    def __init__(self, places: Places):
+        super().__init__()
+        self.places, self.is_initialized, self._parts = places, True, {}
+
     def lazy_initialization(self, *_): pass
     def get_mask_sizes(self, query_length): return self.places.width, 0
     def get_seq_length(self): return 0
@@ -134,9 +141,40 @@ class SlotLayer(CacheLayerMixin):
         # by a tensor's shape: a number of its own would be a constant to a compiler
         return tuple(x[p.first:p.first + len(p.now), :, :p.seen.shape[1]] for x in (self.keys, self.values))
 
+    def attends(
+        self, query: torch.Tensor, # (B, T, Hq, D)
+    ) -> bool:
+        "Whether `attend` can be called."
+        if query.shape[1] > 1 or self.keys is None or self.places.filling: return False
+        return _fits(query) and not torch.compiler.is_compiling()
+
+    def attend(
+        self, query: torch.Tensor, # (B, 1, Hq, D) of a step
+        keys: torch.Tensor,   # (B, 1, Hk, D)
+        values: torch.Tensor, # (B, 1, Hk, D)
+        mask: torch.Tensor,   # (B, 1, 1, W), 0 where attended to
+        scaling: float|None = None,
+    ) -> torch.Tensor:        # (B, 1, Hq*D)
+        "What `update` and `grouped_attention` do, in fewer operations."
+        p, (rows, _, heads, _) = self.places, keys.shape
+        targets, (written, seen) = p.targets(heads), self._parts.get(p.where) or self._look()
+        for held, new in zip(written, (keys, values)):
+            if p.copies > 1: new = new.expand(p.copies, *new.shape)
+            held.index_copy_(0, targets, new.reshape(-1, new.shape[-1]))
+        return _by_products(query.view(rows, heads, -1, query.shape[3]), *seen, mask, scaling).view(rows, 1, -1)
+
+    def _look(self): # Where a step writes, (slots*heads*room, D), and looks, (B*Hk, W, D)
+        (first, rows, width), heads, both = self.places.where, self.keys.shape[1], (self.keys, self.values)
+        written = [x.view(-1, x.shape[3]) for x in both]
+        seen = [x.flatten(0, 1)[first*heads:(first + rows)*heads, :width] for x in both]
+        if len(self._parts) > 16: self._parts.clear()
+        self._parts[self.places.where] = written, seen
+        return written, seen
+
     def _make_room(self, *like):
         shape = self.places.slots, like[0].shape[1], self.places.room
         self.keys, self.values = (_zeros((*shape, x.shape[3]), x) for x in like)
+        self._parts.clear()
 
     def move(
         self, ends: list[int], # Of what each slot holds
