@@ -80,13 +80,14 @@ def test_a_text_that_repeats_itself_takes_fewer_steps(folder):
 def test_what_was_said_to_one_is_a_guess_for_the_next(folder):
     "Only an answer, not a prompt; and what is said is what an engine says that guesses nothing."
     prompt, how, said = list(range(30, 70)), Sampling(60, temperature=.8, seed=1, ignore_eos=True), {}
+    def ask(engine):
+        done, steps = threading.Event(), engine.stats.steps
+        job = engine.submit(prompt, how, lambda pieces: done.set(), stream=False)
+        assert done.wait(60)
+        return job.said, engine.stats.steps - steps
     for lookup in (True, False):
         engine = Engine(load_model(folder, 'cpu'), load_tokenizer(folder), slots=4, max_context=256, lookup=lookup)
-        for turn in range(2):
-            done, steps = threading.Event(), engine.stats.steps
-            job = engine.submit(prompt, how, lambda pieces: done.set(), stream=False)
-            assert done.wait(60)
-            said[lookup, turn] = job.said, engine.stats.steps - steps
+        for turn in range(2): said[lookup, turn] = ask(engine)
         engine.close()
         assert bool(engine.phrases.young) == lookup and not engine.phrases.young.get(chr(30) + chr(31) + chr(32))
     assert len({str(text) for text, _ in said.values()}) == 1 and len(set(said[True, 0][0])) > 20

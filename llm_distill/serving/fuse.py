@@ -111,7 +111,7 @@ class Prepared(_Bare):
         if torch.compiler.is_compiling(): return torch.ops.llm_distill.prepared(x, rest, self.number)
         return self.product(x, rest)
 
-_OPERATIONS = torch.library.Library('llm_distill', 'FRAGMENT')  # it ends with this; calls cost less than a `custom_op`'s
+_OPERATIONS = torch.library.Library('llm_distill', 'FRAGMENT')  # calls cost less than a `custom_op`'s
 _OPERATIONS.define('prepared(Tensor x, Tensor? rest, int number) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
 _OPERATIONS.impl('prepared', lambda x, rest, number: _PREPARED[number].product(x, rest), 'CPU')
 torch.library.register_fake('llm_distill::prepared', lambda x, rest, number: _PREPARED[number].gives(x),

@@ -1,22 +1,24 @@
 """Tokens a second with guesses of what comes next, against the same engine without them.
 
 SmolLM2-135M-Instruct, greedy answers; two engines in one process take turns at the same requests, and what they say is
-compared. Prompts are the stories of `serving.py`, and with LLMD_DATA those of its `gsm8k_train_1000.jsonl` and
+compared. The one that guesses knows nothing before each round but the answers to `--before` other prompts. Prompts are the stories of `serving.py`, and with LLMD_DATA those of its `gsm8k_train_1000.jsonl` and
 `self_instruct_seed.jsonl`.
     python tests/benchmarks/lookup.py [--json] [--clients 1 5 20] [--tokens 128] [--prompts 8] [--rounds 2]
-                                      [--quantize int8] [--torch-compile]
+                                      [--before 0 32] [--quantize int8] [--torch-compile]
 """
 import argparse
 import json
 import os
 import queue
 import time
+from itertools import product
 from pathlib import Path
 
 from serving import prompts
 
 from llm_distill.models import encode_chat, load_tokenizer
 from llm_distill.serving.loading import open_service
+from llm_distill.serving.lookup import Phrases
 from llm_distill.serving.options import ServeOptions
 from llm_distill.serving.sampling import Sampling
 
@@ -41,11 +43,12 @@ def write(engine, asked: list[list[int]], tokens: int, clients: int) -> tuple[fl
     return time.perf_counter() - begun, said
 
 
-def compared(engines: dict, asked: list[list[int]], clients: int, args) -> dict:
+def compared(engines: dict, asked: list[list[int]], before: list[list[int]], clients: int, args) -> dict:
     seconds, stats = dict.fromkeys(engines, 0.), engines[True].stats
     guesses, right = stats.guesses, stats.right_guesses
     for turn in range(args.rounds):
-        said = {}
+        said, engines[True].phrases = {}, Phrases()
+        for answer in before: engines[True].phrases.add(answer)
         for on in sorted(engines, reverse=turn % 2 == 1):
             took, said[on] = write(engines[on], asked, args.tokens, clients)
             seconds[on] += took
@@ -62,20 +65,24 @@ def main():
     parser.add_argument('--tokens', type=int, default=128)
     parser.add_argument('--prompts', type=int, default=8, help='at least; as many as there are clients')
     parser.add_argument('--rounds', type=int, default=2)
+    parser.add_argument('--before', type=int, nargs='+', default=[0, 32])
     parser.add_argument('--quantize')
     parser.add_argument('--torch-compile', action='store_true')
     args = parser.parse_args()
     how = dict(device='cpu', quantize=args.quantize, torch_compile='default' if args.torch_compile else None)
     services = {on: open_service(ServeOptions('smollm2', no_lookup=not on, **how)) for on in (False, True)}
-    tokenizer, found = load_tokenizer('smollm2'), {}
-    for n in args.clients:
-        for name, some in questions(max(args.prompts, n)).items():
-            asked = [encode_chat(tokenizer, [{'role': 'user', 'content': q}]) for q in some]
-            for s in services.values(): write(s.engine, asked[:1], 8, 1)
-            found[f'{name}, {n}'] = compared({on: s.engine for on, s in services.items()}, asked, n, args)
+    engines = {on: s.engine for on, s in services.items()}
+    tokenizer, found, most = load_tokenizer('smollm2'), {}, max(args.before)
+    for name, some in questions(most + max(args.prompts, *args.clients)).items():
+        asked = [encode_chat(tokenizer, [{'role': 'user', 'content': q}]) for q in some]
+        said = write(engines[False], asked[:most], args.tokens, 32)[1]
+        for n, before in product(args.clients, args.before):
+            for engine in engines.values(): write(engine, asked[:1], 8, 1)
+            now = asked[most:most + max(args.prompts, n)]
+            found[f'{name}, {n}, {before}'] = compared(engines, now, said[:before], n, args)
     for s in services.values(): s.close()
     if args.json: print(json.dumps(found)); return
-    print('| prompts, clients | tokens/s without | with guesses | ratio | guesses a token | right |')
+    print('| prompts, clients, answers before | tokens/s without | with guesses | ratio | guesses a token | right |')
     print('|---|---|---|---|---|---|')
     for name, x in found.items():
         print(f'| {name} | {x["plain"]:.0f} | {x["with_guesses"]:.0f} | {x["ratio"]:.2f} | {x["guesses"]:.2f} | '
