@@ -1,8 +1,8 @@
 """Tokens a second with guesses of what comes next, against the same engine without them.
 
 SmolLM2-135M-Instruct, greedy answers; two engines in one process take turns at the same requests, and what they say is
-compared. The one that guesses knows nothing before each round but the answers to `--before` other prompts. Prompts are the stories of `serving.py`, and with LLMD_DATA those of its `gsm8k_train_1000.jsonl` and
-`self_instruct_seed.jsonl`.
+compared. The one that guesses knows nothing before each round but the answers to `--before` other prompts. Prompts are
+the stories of `serving.py`, and with LLMD_DATA those of its `gsm8k_train_1000.jsonl` and `self_instruct_seed.jsonl`.
     python tests/benchmarks/lookup.py [--json] [--clients 1 5 20] [--tokens 128] [--prompts 8] [--rounds 2]
                                       [--before 0 32] [--quantize int8] [--torch-compile]
 """

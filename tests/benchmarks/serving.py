@@ -2,8 +2,9 @@
 
 SmolLM2-135M-Instruct, prompts of about 55 tokens that differ from their beginning on, 64 greedy tokens each, streamed,
 for 1, 8 and 32 clients at the same time, a single one eight times. No prompt comes twice. Each server has a process of
-its own on two cores, one after the other, and is asked once before the clock starts. Output tokens are counted with the model's tokenizer from the text that came; the
-first token is timed at the first text. Memory is what the server's processes hold at the end (RSS).
+its own on two cores, one after the other, and is asked once before the clock starts. Output tokens are counted with
+the model's tokenizer from the text that came; the first token is timed at the first text. Memory is what the server's
+processes hold at the end (RSS).
     pip install -e '.[bench]' 'transformers[serving]'
     python tests/benchmarks/serving.py [--json] [--rounds 2] [--servers ours,static] [--peers-python PATH]
 """
