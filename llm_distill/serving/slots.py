@@ -51,7 +51,7 @@ def pieces_together(
     inner = [m for m in _products(model) if m is not head]
     def agree(n): # the head sees one row of each
         return all(_agree(model, m, length, n*length) for m in inner) and _agree(model, head, 1, n)
-    return [n for n in range(1, 256//length + 1) if agree(n)]
+    return [1, *(n for n in (2, 3, 4, 6, 8, 12, 16) if n*length <= 256 and agree(n))]
 
 # %% ../../nbs/10_serving.slots.ipynb #63116f14
 GUESSES = 3  # at most, of a text in a step
@@ -72,7 +72,7 @@ def _vary(*tensors): # Told to a compiler: what is not 1 may be another number i
 class SlotModel:
     "A causal LM with slots: read some prompts, write in all."
     chunk = 128  # tokens of a prompt that are read together; prompts are cut at its multiples
-    lengths = 32, 64, 96, 128  # and the pieces are padded to one of these
+    lengths = range(16, 129, 16)  # and the pieces are padded to one of these
 
     def __init__(
         self,
