@@ -60,10 +60,10 @@ class Lookup:
     def guess(
         self, most: int, # How many tokens
         phrases: Phrases|None = None, # Of other texts
-    ) -> list[int]:      # Token ids; none if the last token is a new one, and one if only the last was seen before
+    ) -> list[int]:      # Token ids; none if the last token is a new one
         "What came last time behind the longest end of the text that stood there before, in this text or in others."
         for n in _TAILS:
-            tail, most = self.text[-n:], most if n > 1 else min(most, 1)
+            tail = self.text[-n:]
             at = self.text.rfind(tail, 0, -1)
             if at >= 0: return [*map(ord, (self.text[at + n:]*most)[:most])]  # behind its end it begins again
             if phrases and (found := phrases.behind(tail, most)): return [*map(ord, found)]

@@ -106,6 +106,11 @@ class Job:
 # %% ../../nbs/10_serving.words.ipynb #0b0b8524
 _log = logging.getLogger(__name__)
 
+def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # (N, V) on the CPU; (N,) twice
+    "The largest of each row, NaN if there is one, and the first place where it is. (`max` takes six times as long.)"
+    at = torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.gather(1, at[:, None])[:, 0], at
+
 class Words:
     "What a model's tokens are, and which of them end an answer."
     def __init__(self, model, tokenizer):
@@ -123,13 +128,13 @@ class Words:
     ) -> list[Piece]:
         "The next token of each job."
         logits = logits[:, :self.size].cpu().float().contiguous()  # rows that pad the vocabulary have no token
-        best = logits.max(-1)  # NaN where there is one
-        broken, rows = best.values.isnan().tolist(), range(len(jobs))
+        best = _best(logits)
+        broken, rows = best[0].isnan().tolist(), range(len(jobs))
         reports = self._reports([i for i in rows if jobs[i].sampling.top_logprobs is not None], jobs, logits)
-        if self._adjust(jobs, logits) | self._mask(jobs, logits, broken): best = logits.max(-1)
-        if not best.values.isfinite().all(): logits = logits.nan_to_num_(); best = logits.max(-1)
+        if self._adjust(jobs, logits) | self._mask(jobs, logits, broken): best = _best(logits)
+        if not best[0].isfinite().all(): logits = logits.nan_to_num_(); best = _best(logits)
         uniform = torch.cat([torch.rand(1, 1, generator=j.random) for j in jobs])
-        chosen = pick(logits, [j.sampling for j in jobs], uniform, best.indices).tolist()
+        chosen = pick(logits, [j.sampling for j in jobs], uniform, best[1]).tolist()
         return [Piece('', finish='error', tokens=len(j.said)) if broken[i] else
                 self.piece(j, chosen[i], *reports.get(i, (None, None))) for i, j in enumerate(jobs)]
 
