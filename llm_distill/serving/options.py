@@ -44,7 +44,7 @@ class ServeOptions:
                                   int, least=1)
     max_logprobs: int = _option(20, 'alternatives a token that clients may ask for', int, least=0)
     torch_compile: str|None = _option(None, 'compile the model, in one of torch.compile\'s modes')
-    no_lookup: bool = _option(False, 'do not try what may come next by what was said before, to this client or to others', bool)
+    no_lookup: bool = _option(False, 'do not try what may come next by what was said before, to whomever', bool)
     static_cache: bool = _option(False, 'compute with keys and values at their full size', bool)
     architecture: str|None = _option(None, "decoder or encoder-decoder; left out, what the model's config says",
                                      among=('decoder', 'encoder-decoder'))
