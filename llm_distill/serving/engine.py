@@ -215,7 +215,8 @@ class _Work:
         for slot, job, piece in zip(writing, writing.values(), pieces):
             if piece.finish == 'error': self._fail(slot); continue
             self.stats.tokens += 1
-            if piece.finish: self._leave(slot); self.phrases.add(job.said if self.lookup else ())
+            if piece.finish: self._leave(slot)
+            if piece.finish and self.lookup: self.phrases.add(job.said)
             job.tell(piece)
 
     def _leave(self, slot: int): self._at.pop(slot, None)
