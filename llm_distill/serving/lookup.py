@@ -23,10 +23,10 @@ class Phrases:
     def add(
         self, ids: Iterable[int], # Token ids of a text
     ) -> None:
-        "One text more."
-        text = _written(ids)
+        "One text more, or the end of a long one."
+        text = _written(ids)[-(self.most//len(_TAILS)):]
+        if len(self.young) + len(_TAILS)*len(text) > self.most: self.young, self.old = {}, self.young
         self.young |= {text[i - n:i]: token for i, token in enumerate(text) for n in _TAILS if n <= i}
-        if len(self.young) > self.most: self.young, self.old = {}, self.young
 
     def _next(self, end: str) -> str|None: return self.young.get(end) or self.old.get(end)
 
