@@ -430,7 +430,7 @@ def test_judging_shows_topics_and_examples_and_asks_blindly(project, student):
 def test_chat_streams_side_by_side_and_one_that_fails_says_why(student):
     with LoopbackProvider() as provider:
         async def use():
-            panel, pieces = ChatPanel([student, provider.url, 'no-such-model'], max_tokens=200), []
+            panel, pieces = ChatPanel([student, provider.url, 'no-such-model'], max_tokens=400), []
             panel.said[0].observe(lambda c: pieces.append(c['new']), 'value')
             said = await press(panel, panel.ask_button)
             return panel, said, pieces

@@ -333,8 +333,8 @@ class Engine(_Line, _Work):
 
     @property
     def load(self) -> dict: # How many answers are being written, how many wait, and tokens that they hold
-        jobs = [*self._at.values()]
-        return {'running': len(jobs), 'waiting': len(self._waiting), 'tokens': sum(j.read + len(j.said) for j in jobs)}
+        with self._work: jobs, waiting = [*self._at.values()], len(self._waiting)  # whoever is let in is in one of them
+        return {'running': len(jobs), 'waiting': waiting, 'tokens': sum(j.read + len(j.said) for j in jobs)}
 
     def cancel(self, job: Job) -> None: job.cancelled = self._gone = True
 

@@ -156,7 +156,8 @@ class Transcriber(_Listening):
         return self._thread.submit(work)
 
     @property
-    def load(self) -> dict: return {'running': len(self._running), 'waiting': len(self._waiting), 'tokens': 0}
+    def load(self) -> dict:
+        with self._lock: return {'running': len(self._running), 'waiting': len(self._waiting), 'tokens': 0}
 
     def close(self, drain: float = 0.) -> None: # Seconds that recordings may still take
         "End all and the thread."
