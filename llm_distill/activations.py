@@ -50,9 +50,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate, up = (x.detach().requires_grad_() for x in (gate, up))
-            return *torch.autograd.grad(ctx.act(gate)*up, (gate, up), grad), None
+        gate = gate.detach().requires_grad_()
+        with torch.enable_grad(): acted = ctx.act(gate)
+        return *torch.autograd.grad(acted, gate, grad*up), grad*acted.detach(), None
 
 def _lean_mlp(module: nn.Module):
     def forward(x):

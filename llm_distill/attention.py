@@ -18,12 +18,29 @@ from .device import cpu_flags
 
 # %% ../nbs/06h_attention.ipynb #b61ab141
 _ROOM = 2**21  # scores at the same time, 4 MiB in bfloat16
+_ROWS = 128    # queries of a text that look over the same columns
 
-def _pieces(query, key): # Texts and key heads whose scores fit, as slices
-    (texts, heads, length, _), (_, keys, width, _) = query.shape, key.shape
-    many, few = _ROOM//(heads*length*width), max(1, _ROOM//(heads//keys*length*width))
-    if many: yield from ((slice(b, b + many), slice(None)) for b in range(0, texts, many))
-    else: yield from ((slice(b, b + 1), slice(h, h + few)) for b in range(texts) for h in range(0, keys, few))
+def _steps(mask): # (B, 1, T, W): slices of rows, and of the columns that any of them sees
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min).any(0)[0]
+    steps = []
+    for first in range(0, len(seen), _ROWS):
+        rows = slice(first, min(first + _ROWS, len(seen)))
+        ends = seen[rows].any(0).nonzero().flatten()[[0, -1]].tolist() if seen[rows].any() else [0, 0]
+        columns = slice(ends[0], ends[1] + 1)
+        if steps and steps[-1][1] == columns: rows = slice(steps.pop()[0].start, rows.stop)
+        steps.append((rows, columns))
+    return steps
+
+def _parts(texts, keys, scores): # Texts and key heads that are taken together, where one head of one has `scores`
+    many, few = _ROOM//(keys*scores), max(1, _ROOM//scores)
+    if many: return [(slice(b, b + many), slice(None)) for b in range(0, texts, many)]
+    return [(slice(b, b + 1), slice(h, h + few)) for b in range(texts) for h in range(0, keys, few)]
+
+def _pieces(query, steps): # (B, Hk, queries of a key, T, D): what is read of it, and of the keys
+    texts, keys, groups = query.shape[:3]
+    for rows, columns in steps:
+        scores = groups*(rows.stop - rows.start)*(columns.stop - columns.start)
+        for part in _parts(texts, keys, scores): yield (*part, slice(None), rows), (*part, slice(None), columns)
 
 def _of_keys(x, keys): return x.unflatten(1, (keys, -1)) # (B, Hk, queries of a key, T, D)
 
@@ -34,43 +51,43 @@ def _added(mask, dtype): # To scores; the lowest number in place of -inf, or a r
     if mask.dtype != torch.bool: return mask.to(dtype).clamp_min(lowest)
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, lowest)
 
-def _shares(q, k, mask, scale, like): # (B*Hk, rows, W)
+def _shares(q, k, mask, scale): # (B*Hk, rows, columns)
     scores = torch.bmm(_flat(q), _flat(k).transpose(1, 2))
-    return torch.add(mask[:, :, None], scores.view(*like.shape[:-1], -1), alpha=scale).softmax(-1).view_as(scores)
+    added = _added(mask, q.dtype)[:, :, None]
+    return torch.add(added, scores.view(*q.shape[:-1], -1), alpha=scale).softmax(-1).view_as(scores)
 
 class _ByProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, scale): # (B, H, T, D), (B, Hk, W, D) twice, (B, 1, T, W)
+    def forward(ctx, query, key, value, mask, steps, scale): # (B, H, T, D), (B, Hk, W, D) twice, (B, 1, T, W)
         ctx.save_for_backward(query, key, value, mask)
-        ctx.scale, out = scale, query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+        ctx.steps, ctx.scale, out = steps, scale, query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
         q, k, v, o = (_of_keys(x, key.shape[1]) for x in (query, key, value, out))
-        added = _added(mask, query.dtype)
-        for texts, heads in _pieces(query, key):
-            a, b, c = (x[texts, heads] for x in (q, k, v))
-            o[texts, heads] = torch.bmm(_shares(a, b, added[texts], scale, a), _flat(c)).view(a.shape)
+        for at, to in _pieces(q, steps):
+            shares = _shares(q[at], k[to], mask[at[0], :, at[3], to[3]], scale)
+            o[at] = torch.bmm(shares, _flat(v[to])).view(q[at].shape)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         *inputs, mask = ctx.saved_tensors
-        query, key, _ = inputs
-        grads = [torch.empty_like(x) for x in inputs]
+        query, key, value = inputs
+        grads = [torch.empty_like(query), *(torch.zeros_like(x, dtype=torch.float32) for x in (key, value))]
         q, k, v, g, dq, dk, dv = (_of_keys(x, key.shape[1]) for x in (*inputs, grad, *grads))
-        added = _added(mask, query.dtype)
-        for at in _pieces(query, key):
-            a, b, c, o = (x[at] for x in (q, k, v, g))
-            p, rows = _shares(a, b, added[at[0]], ctx.scale, a), _flat(o)
-            dv[at] = torch.bmm(p.transpose(1, 2), rows).view(c.shape)
+        for at, to in _pieces(q, ctx.steps):
+            a, b, c, rows = q[at], k[to], v[to], _flat(g[at])
+            p = _shares(a, b, mask[at[0], :, at[3], to[3]], ctx.scale)
+            dv[to] += torch.bmm(p.transpose(1, 2), rows).view(c.shape)
             ds = torch._softmax_backward_data(torch.bmm(rows, _flat(c).transpose(1, 2)), p, -1, p.dtype)
             dq[at] = torch.bmm(ds, _flat(b)).mul_(ctx.scale).view(a.shape)
-            dk[at] = torch.bmm(ds.transpose(1, 2), _flat(a)).mul_(ctx.scale).view(b.shape)
-        return *grads, None, None
+            dk[to] += torch.bmm(ds.transpose(1, 2), _flat(a)).mul_(ctx.scale).view(b.shape)
+        return *(d.to(x.dtype) for d, x in zip(grads, inputs)), None, None, None
 
 # %% ../nbs/06h_attention.ipynb #98a72f7e
 PRODUCTS = 'llm_distill_products'
-# tokens; beyond these torch's own is as fast, and with AMX it has a kernel that this was not compared with
-_LONGEST = {torch.float32: 512, torch.bfloat16: 0 if 'amx_bf16' in cpu_flags() else 1024}
+# tokens; longer texts were not measured in bfloat16, in float32 torch's own is faster with them, and with AMX it has a
+# kernel that this was not compared with
+_LONGEST = {torch.float32: 512, torch.bfloat16: 0 if 'amx_bf16' in cpu_flags() else 4096}
 
 def read_as(x: torch.Tensor) -> torch.dtype:
     "What a product will make of it, in autocast or out of it."
@@ -102,7 +119,8 @@ def products_attention(
     length, dtype = query.shape[2], read_as(query)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
     scale = query.shape[-1]**-.5 if scaling is None else scaling
-    out = _ByProducts.apply(*(x.to(dtype) for x in (query, key, value)), mask.expand(len(query), -1, -1, -1), scale)
+    states, everywhere = [x.to(dtype) for x in (query, key, value)], mask.expand(len(query), -1, -1, -1)
+    out = _ByProducts.apply(*states, everywhere, _steps(mask), scale)
     return out.transpose(1, 2), None
 
 AttentionInterface.register(PRODUCTS, products_attention)

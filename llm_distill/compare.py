@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .evaluate import FIGURES, Scores, difference
 from .plots import COLORS, as_svg, plot_curve
-from .report import write_atomically
+from .tables import atomically
 from .types import BadInput
 
 # %% ../nbs/09c_compare.ipynb #61e898f4
@@ -114,7 +114,7 @@ class Plots:
             plots = as_svg(self.bars()) + (as_svg(self.curves()) if learnt else '')
             text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Comparison</title>'
                     f'<style>{_STYLE}</style></head><body><h1>Comparison</h1>{self._repr_html_()}{plots}</body></html>')
-        write_atomically(path, text)
+        with atomically(path) as f: f.write(text)
         return path
 
 # %% ../nbs/09c_compare.ipynb #9c4d8c80

@@ -19,7 +19,8 @@ from .prompts import read_prompts
 from .records import Answer
 from .pricing import price
 from .progress import Progress
-from .report import report_page, write_atomically
+from .report import report_page
+from .tables import atomically
 from .types import BadInput, Usage
 
 # %% ../nbs/12a_demo.ipynb #a65b8b74
@@ -190,6 +191,6 @@ def run_demo(
                   'prompt_tokens': tokens.prompt_tokens, 'completion_tokens': tokens.completion_tokens},
         'samples': [{'prompt': a.prompt, 'teacher': a.text, 'before': b, 'after': c}
                     for a, b, c in zip(shown, said_before, said_after)]}
-    write_atomically(folder/'report.html', report_page(report))
-    write_atomically(folder/'report.json', json.dumps(report, indent=2, ensure_ascii=False))
+    for name, text in (('html', report_page(report)), ('json', json.dumps(report, indent=2, ensure_ascii=False))):
+        with atomically(folder/f'report.{name}') as f: f.write(text)
     return report

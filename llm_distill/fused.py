@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from .liger import liger_cross_entropy, liger_wanted, race
-from .losses import LOWEST, SplitRows, forward_kl, put_in_rows, teacher_outcomes, tempered, topk_tail_kl
+from .losses import (LOWEST, forward_kl, put_in_rows, shown_places, split_rows, teacher_outcomes, tempered,
+                                topk_tail_kl)
 
 # %% ../nbs/06a_fused.ipynb #6be901aa
 class Head(NamedTuple):
@@ -32,8 +33,19 @@ class Head(NamedTuple):
         self, hidden: torch.Tensor, # (N, H)
     ) -> torch.Tensor:              # (N, V), float32
         "What the model's own head gives."
-        z = hidden @ self.weight.to(hidden.dtype).T
-        z = z.float() if self.bias is None else z.float().add_(self.bias.float())
+        return self._shaped(hidden @ self.weight.to(hidden.dtype).T, self.bias)
+
+    def at(
+        self, hidden: torch.Tensor, # (N, H)
+        ids: torch.Tensor,          # (N,)
+    ) -> torch.Tensor:              # (N, 1), float32
+        "One logit of each row."
+        rows = self.weight[ids].to(hidden.dtype)
+        z = (hidden.float()*rows.float()).sum(1, keepdim=True)
+        return self._shaped(z, None if self.bias is None else self.bias[ids, None])
+
+    def _shaped(self, z, bias):
+        z = z.float() if bias is None else z.float().add_(bias.float())
         if self.scale != 1: z = z*self.scale
         return z if self.softcap is None else self.softcap*torch.tanh(z/self.softcap)
 
@@ -55,24 +67,94 @@ def head_of(
     return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)
 
 # %% ../nbs/06a_fused.ipynb #c66b7396
-_BLOCK = 2**19  # numbers, 2 MB in float32
-_COLUMNS = 2**11    # of a gradient that are made at the same time
+_WIDTH = 2**9  # words of the head at a time, on a CPU
+_ROWS = 2**11  # of a product that is added to another, or all of it would be there twice
 
-def _blocks(z: torch.Tensor): # Each block, and room for it in float32
-    width = z.shape[1] if z.device.type != 'cpu' else max(64, _BLOCK//len(z))
-    room = torch.empty(len(z), min(width, z.shape[1]), device=z.device)
-    for block in z.split(width, 1): yield block, room[:, :block.shape[1]]
+def _width(head: Head) -> int: return _WIDTH if head.weight.device.type == 'cpu' else len(head.weight)
 
-def _logsumexp(z: torch.Tensor, dim: int) -> torch.Tensor: # (n, V) -> (n,) float32
-    "As torch's, along the last dimension."
-    top, total = z.amax(dim, keepdim=True).float().clamp_min(torch.finfo(torch.float32).min), 0.
-    for block, room in _blocks(z): total = total + room.copy_(block).sub_(top).exp_().sum(dim)
-    return total.log_() + top[:, 0]
+def _parts(head: Head, dtype: torch.dtype):
+    "Which words, and the head for them, with weights of that type."
+    for start in range(0, len(head.weight), _width(head)):
+        some = slice(start, start + _width(head))
+        bias = None if head.bias is None else head.bias[some]
+        yield some, head._replace(weight=head.weight[some].to(dtype), bias=bias)
 
-def _exp_times(z: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor: # (n, V), (n, 1), (n, 1)
-    "exp(z - shift)*factor, in place of z."
-    for block, room in _blocks(z): block.copy_(room.copy_(block).sub_(shift).exp_().mul_(factor))
-    return z
+# %% ../nbs/06a_fused.ipynb #3efe6286
+class _Shown:
+    "What a teacher shows of some rows. Its logits are noted, and are no part of the rest."
+    def __init__(self, ids: torch.Tensor, some: torch.Tensor, head: Head): # (n, k), and (n,) whether anything is shown
+        self.logits, self.some, width = torch.empty(ids.shape, device=ids.device), some, _width(head)
+        part, n = ids.flatten()//width, -(-len(head.weight)//width)
+        sizes = part.bincount(minlength=n).tolist() if n > 1 else [len(part)]
+        order = part.argsort()
+        row, column = order//ids.shape[1], ids.flatten()[order] % width
+        where = zip(row.split(sizes), column.split(sizes))
+        self.places = list(zip(order.split(sizes), where))  # of each part of the head
+
+    def take(self, part: int, block: torch.Tensor):
+        which, where = self.places[part]
+        held = block[where]
+        self.logits.view(-1)[which] = held.float()
+        block[where] = torch.where(self.some[where[0]], -torch.inf, held)
+
+# %% ../nbs/06a_fused.ipynb #702ba69d
+@dataclass
+class _Chunk:
+    "Some rows of a batch, n, on their way through the head."
+    hidden: torch.Tensor   # (n, H)
+    head: Head
+    labels: torch.Tensor   # (n,)
+    w_div: torch.Tensor    # (n,)
+    w_ce: torch.Tensor     # (n,)
+    how: tuple             # The divergence, and the temperature
+    z: torch.Tensor        # (n, V), room for the exponentials; or for those of one part, where only values are wanted
+    learns: bool
+    exact: bool
+
+    @property
+    def folded(self) -> bool: # Whether z may go into the products as it is
+        return self.head.plain and self.z.dtype == self.hidden.dtype
+
+    def logits(self, less: torch.Tensor, shown: _Shown|None = None): # (n, 1) -> part by part (n, words)
+        "Less a number for each row; in z."
+        for i, (some, part) in enumerate(_parts(self.head, self.hidden.dtype)):
+            block = self.z[:, some if self.learns else slice(0, len(part.weight))]
+            if self.folded: torch.addmm(-less, self.hidden, part.weight.T, out=block)
+            else: block.copy_(part.logits(self.hidden).sub_(less))
+            if shown is not None: shown.take(i, block)
+            yield block
+
+    def exponentials(self, shown: _Shown|None = None):
+        "Of the rest, in z. Gives the logit of the written word and the sum, both (n, 1), as to one number a row."
+        chosen = self.head.at(self.hidden, self.labels)
+        c = chosen.to(self.z.dtype)
+        if self.exact:
+            tops = [block.amax(1, keepdim=True) for block in self.logits(torch.zeros_like(c), shown)]
+            c = torch.cat(tops, 1).amax(1, keepdim=True)
+            c = torch.where(c.isfinite(), c, 0)
+        sums = sum(block.exp_().sum(1, keepdim=True, dtype=torch.float32) for block in self.logits(c, shown))
+        return chosen - c.float(), sums
+
+    def back(self, factor: torch.Tensor, to_weight: torch.Tensor|None, to_bias: torch.Tensor|None, first: bool):
+        "The gradient of the hidden states, (n, H), from z times `factor`, (n, 1); those of the head are added."
+        total = torch.empty(self.hidden.shape, device=self.hidden.device)
+        read = (self.hidden*factor).to(self.hidden.dtype) if self.folded else self.hidden
+        for some, part in _parts(self.head, self.hidden.dtype):
+            grad = self.z[:, some]
+            if not self.folded:
+                grad = part.back(grad*factor, part.logits(self.hidden) if part.softcap else None)
+                if to_bias is not None: to_bias[some] = grad.sum(0) + (0 if first else to_bias[some])
+                grad = grad.to(self.hidden.dtype)
+            _add_product(total, grad, part.weight, first=not some.start)
+            if to_weight is not None: _add_product(to_weight[some], grad.T, read, first)
+        return total*factor if self.folded else total
+
+def _add_product(total, a, b, first): # In float32
+    if a.dtype == total.dtype: return total.addmm_(a, b, beta=0 if first else 1)
+    for block, some in zip(total.split(_ROWS), a.split(_ROWS)): block.copy_(some @ b) if first else block.add_(some @ b)
+
+def _divisor(factor: torch.Tensor) -> torch.Tensor: # Not 0: what stands in its row is divided by it
+    return torch.where(factor.abs() < 1e-30, 1e-30, factor)
 
 # %% ../nbs/06a_fused.ipynb #16d0492d
 @dataclass
@@ -85,31 +167,38 @@ class Sparse:
         "The divergence of some rows, (n,), from the definition."
         return topk_tail_kl(z, self.ids[rows], self.logprobs[rows], divergence, temperature)
 
-    def step(self, z, rows, labels, w_div, w_ce, divergence, temperature, with_grad):
-        "Divergence and cross-entropy of some rows (n,), and the gradient of their weighted sum (n, V), in place of z."
-        chosen = z.gather(1, labels).float()
-        split = SplitRows(z, self.ids[rows], self.logprobs[rows], overwrite=True, logsumexp=_logsumexp)
-        log_q = split.log_q.clamp_min(LOWEST).requires_grad_(with_grad)
+    def step(self, chunk: _Chunk, rows: torch.Tensor):
+        """Divergence and cross-entropy of some rows (n,), and numbers (n, 1) by which `chunk.z` is to be multiplied to
+        be the gradient of their weighted sum, None if nothing learns; and sums (n, 1) that say how exact that is."""
+        divergence, temperature = chunk.how
+        used, ids = shown_places(self.ids[rows], self.logprobs[rows])
+        shown = _Shown(ids, used.any(1), chunk.head)
+        chosen, sums = chunk.exponentials(shown)
+        log_q, whole = split_rows(shown.logits, used, sums.log())
+        log_q = log_q.clamp_min(LOWEST).requires_grad_(chunk.learns)
         log_p = tempered(teacher_outcomes(self.logprobs[rows]), temperature)
-        with torch.set_grad_enabled(with_grad):
+        with torch.set_grad_enabled(chunk.learns):
             apart = temperature**2*divergence(log_p, tempered(log_q, temperature))
-            if with_grad: g, = torch.autograd.grad((apart*w_div).sum(), log_q)
-        ce = (split.whole - chosen)[:, 0]
-        if not with_grad: return apart, ce, None
-        q, w = log_q.detach().exp(), w_ce[:, None]
+            if chunk.learns: g, = torch.autograd.grad((apart*chunk.w_div).sum(), log_q)
+        ce = (whole - chosen)[:, 0]
+        if not chunk.learns: return apart, ce, None, sums
+        q, w = log_q.detach().exp(), chunk.w_ce[:, None]
         at_outcomes = g - q*(g.sum(1, keepdim=True) - w)
-        grad = _exp_times(z, split.rest, at_outcomes[:, -1:])
-        put_in_rows(grad, split.ids, self._shown(at_outcomes.to(z.dtype), split, grad))
-        return apart.detach(), ce, put_in_rows(grad, labels, -w, add=True)
+        factor = _divisor(at_outcomes[:, -1:]/torch.where(sums > 0, sums, 1))
+        put_in_rows(chunk.z, ids, self._shown(at_outcomes/factor, used, chunk.z.gather(1, ids)))
+        put_in_rows(chunk.z, chunk.labels[:, None], -w/factor, add=True)
+        return apart.detach(), ce, factor, sums
 
     @staticmethod
-    def _shown(at_outcomes, split, grad):
-        "What stands at the shown tokens; a place that is not used repeats what is there anyway."
-        first = split.used.float().argmax(1, keepdim=True)
-        shown = torch.where(split.used, at_outcomes[:, :-1], at_outcomes.gather(1, first))
-        return torch.where(split.used.any(1, keepdim=True), shown, grad.gather(1, split.ids))
+    def _shown(at_outcomes, used, held):
+        "What is to stand at the shown tokens; a place that is not used repeats what is there anyway."
+        first = used.float().argmax(1, keepdim=True)
+        shown = torch.where(used, at_outcomes[:, :-1], at_outcomes.gather(1, first))
+        return torch.where(used.any(1, keepdim=True), shown, held)
 
 # %% ../nbs/06a_fused.ipynb #237d5ea0
+_AT_ONCE = 2**23  # numbers, 32 MB in float32; autograd holds several times as many
+
 @dataclass
 class Dense:
     "A teacher's whole distribution, by way of its hidden states."
@@ -123,49 +212,63 @@ class Dense:
         log_p, log_q = ((x[:, :both]/temperature).log_softmax(-1) for x in (theirs, z))
         return temperature**2*divergence(log_p, log_q)
 
-    def step(self, z, rows, labels, w_div, w_ce, divergence, temperature, with_grad):
+    def step(self, chunk: _Chunk, rows: torch.Tensor):
         "As that of `Sparse`."
-        with torch.set_grad_enabled(with_grad):
-            z = z.float().requires_grad_(with_grad)
-            apart = self.apart(z, rows, divergence, temperature)
-            ce = z.logsumexp(1) - z.gather(1, labels)[:, 0]
-            if with_grad: grad, = torch.autograd.grad((apart*w_div + ce*w_ce).sum(), z)
-        return apart.detach(), ce.detach(), grad if with_grad else None
+        at_once = max(1, _AT_ONCE//len(chunk.head.weight))
+        each = torch.arange(len(rows), device=rows.device).split(at_once)
+        apart, ce = map(torch.cat, zip(*(self._some(chunk, some, rows[some]) for some in each)))
+        one = torch.ones_like(ce)[:, None]
+        return apart, ce, one, one
+
+    def _some(self, chunk, some, rows):
+        z = chunk.head.logits(chunk.hidden[some]).requires_grad_(chunk.learns)
+        with torch.set_grad_enabled(chunk.learns):
+            apart = self.apart(z, rows, *chunk.how)
+            ce = z.logsumexp(1) - z.gather(1, chunk.labels[some, None])[:, 0]
+            loss = (apart*chunk.w_div[some] + ce*chunk.w_ce[some]).sum()
+        if chunk.learns: chunk.z[some] = torch.autograd.grad(loss, z)[0].to(chunk.z.dtype)
+        return apart.detach(), ce.detach()
 
 # %% ../nbs/06a_fused.ipynb #c54faefa
 class Text:
     "No distribution; every token is its own target."
     def apart(self, z, rows, divergence, temperature): return torch.zeros_like(z[:, 0])
 
-    def step(self, z, rows, labels, w_div, w_ce, divergence, temperature, with_grad):
+    def step(self, chunk: _Chunk, rows: torch.Tensor):
         "As that of `Sparse`; the divergence is 0."
-        whole = _logsumexp(z, 1)[:, None]
-        ce = (whole - z.gather(1, labels))[:, 0]
-        if not with_grad: return torch.zeros_like(ce), ce, None
-        w = w_ce[:, None]
-        return torch.zeros_like(ce), ce, put_in_rows(_exp_times(z, whole, w), labels, -w, add=True)
+        chosen, sums = chunk.exponentials()
+        ce, w = (sums.log() - chosen)[:, 0], chunk.w_ce[:, None]
+        factor = _divisor(w/sums)
+        if chunk.learns: put_in_rows(chunk.z, chunk.labels[:, None], -w/factor, add=True)
+        return torch.zeros_like(ce), ce, factor, sums
 
 # %% ../nbs/06a_fused.ipynb #25028cf8
+def _walk(hidden, head, labels, target, w_div, w_ce, how, chunk, back=None, exact=False):
+    "Divergences and cross-entropies (N,); `back` is called with each chunk, its rows, and the factors of these."
+    kind, wide = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype, len(head.weight)
+    room = torch.empty(min(chunk, len(hidden)), wide if back else _width(head), dtype=kind, device=hidden.device)
+    values, sums = [], []
+    for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
+        pick = (x[rows] for x in (labels, w_div, w_ce))
+        here = _Chunk(hidden[rows], head, *pick, how, room[:len(rows)], bool(back), exact)
+        *value, factor, each = target.step(here, rows)
+        if back: back(here, rows, factor)
+        values.append(value)
+        sums.append(each)
+    sums = torch.cat(sums)
+    if exact or ((sums > 1e-30) & (sums < 1e30)).all(): return [torch.cat(x) for x in zip(*values)]
+    return _walk(hidden, head, labels, target, w_div, w_ce, how, chunk, back, True)
+
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
-    grad_weight = torch.empty(weight.shape, device=weight.device) if weight.requires_grad else None
-    near = head._replace(weight=weight.to(hidden.dtype))          # one rounding for all terms
-    grad_hidden, parts = torch.empty_like(hidden), []
-    room = hidden.new_empty(min(chunk, len(hidden)), len(weight)) if head.plain else None  # one for all chunks
-    grad_bias = None if bias is None else torch.zeros(bias.shape, device=bias.device)
-    for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-        z = near.logits(hidden[rows]) if room is None else torch.mm(hidden[rows], near.weight.T, out=room[:len(rows)])
-        kept = z.clone() if head.softcap else None                 # its slope is needed again
-        *part, grad = target.step(z, rows, labels[rows, None], w_div[rows], w_ce[rows], *how, True)
-        parts.append(part)
-        grad = head.back(grad, kept)
-        if grad_bias is not None: grad_bias += grad.sum(0)
-        grad = grad.to(hidden.dtype)
-        grad_hidden[rows] = grad @ near.weight
-        if weight.requires_grad: _add_product(grad_weight, grad, hidden[rows], first=not rows[0])
-        del z, kept, grad                                          # or the next chunk's logits would stand beside them
-    as_they_are = (None if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
-    return [torch.cat(x) for x in zip(*parts)], grad_hidden, *as_they_are
+    if hidden.device.type != 'cpu': head = head._replace(weight=weight.to(hidden.dtype))  # all of it, but once
+    to_weight = torch.empty(weight.shape, device=weight.device) if weight.requires_grad else None
+    to_bias = None if bias is None else torch.empty(bias.shape, device=bias.device)
+    to_hidden = torch.empty_like(hidden)
+    def back(here, rows, factor): to_hidden[rows] = here.back(factor, to_weight, to_bias, not rows[0]).to(hidden.dtype)
+    values = _walk(hidden, head, labels, target, w_div, w_ce, how, chunk, back)
+    as_they_are = (None if g is None else g.to(x.dtype) for g, x in ((to_weight, weight), (to_bias, bias)))
+    return values, to_hidden, *as_they_are
 
 def _fastest(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "As `_value_and_grads`, by whoever is the faster."
@@ -193,11 +296,6 @@ class _Fused(torch.autograd.Function):
         as_it_is = grad.device.type == 'cpu' and grad.item() == 1  # the head's gradient is large
         return *(g if g is None or as_it_is else g*grad for g in ctx.saved_tensors), *[None]*7
 
-def _add_product(total, grad, hidden, first): # (V, H) += (n, V)^T (n, H), summed in float32
-    if grad.dtype == total.dtype: return total.addmm_(grad.T, hidden, beta=0 if first else 1)
-    for block, g in zip(total.split(_COLUMNS), grad.split(_COLUMNS, 1)):  # or all of it would be there twice
-        block.copy_(g.T @ hidden) if first else block.add_(g.T @ hidden)
-
 # %% ../nbs/06a_fused.ipynb #2bb77ecd
 def fused_loss(
     hidden: torch.Tensor,       # What the student's head reads, (N, H), float32, bfloat16 or float16
@@ -214,9 +312,7 @@ def fused_loss(
     how = divergence, temperature
     if torch.is_grad_enabled():
         return _Fused.apply(hidden, head.weight, head.bias, head, labels, target, w_div, w_ce, how, chunk)
-    parts = [target.step(head.logits(hidden[rows]), rows, labels[rows, None], w_div[rows], w_ce[rows], *how, False)[:2]
-             for rows in torch.arange(len(hidden), device=hidden.device).split(chunk)]
-    apart, ce = map(torch.cat, zip(*parts))
+    apart, ce = _walk(hidden, head, labels, target, w_div, w_ce, how, chunk)
     return (apart*w_div).sum() + (ce*w_ce).sum(), apart, ce
 
 # %% ../nbs/06a_fused.ipynb #44403598

@@ -53,7 +53,7 @@ class DistillConfig(TrainingArguments):
     train_on: str = _option('last', '"last": the answer; "all": also what the assistant said before, as text.')
     max_length: int = _option(1024, 'Longest example in tokens; the rest is cut and counted.')
     packing: bool = _option(False, 'Put several short examples into one row of max_length tokens.')
-    chunk: int|None = _option(None, 'Tokens whose logits exist at the same time; None: 256 on a CPU, else 512.')
+    chunk: int = _option(512, 'Tokens whose logits exist at the same time.')
     precision: str = _option('auto', 'Of matrix products: "auto", "float32", "bf16" or "fp16".')
     freeze_embeddings: bool = _option(False, 'Leave embeddings and head alone; see below.')
     lmbda: float = _option(0., 'Share of the batches whose answers the student writes itself, 0 to 1; needs a teacher.')
@@ -74,7 +74,6 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self):
         asked = 'bf16' if self.bf16 else 'fp16' if self.fp16 else self.precision
         self.choice = choose('cpu' if self.use_cpu else None, asked)
-        if self.chunk is None: self.chunk = 256 if self.choice.device == 'cpu' else 512
         self.objective()  # says what is wrong
         if self.top_k < 1: raise BadInput(f'top_k must be 1 or more, not {self.top_k}')
         if self.train_on not in ('last', 'all'): raise BadInput(f'train_on is "last" or "all", not {self.train_on!r}')

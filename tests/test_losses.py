@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from llm_distill.fused import Dense, Head, Sparse, Text, fused_loss
+from llm_distill.fused import Dense, Head, Sparse, Text, fused_loss, plain_loss
 from llm_distill.losses import (DIVERGENCES, forward_kl, jsd, reverse_kl, tempered, topk_renormalised, topk_tail_kl,
                                 topk_truncated)
 from torch.nn import functional as F
@@ -123,6 +123,27 @@ def test_rounded_logits_do_not_make_the_tail_explode():
     exact = fused_loss(hidden, head, labels, own, ONE, NONE)[1]
     rounded = fused_loss(hidden.bfloat16(), head, labels, own, ONE, NONE)[1]
     assert exact.max() < 1e-4 and rounded.max() < .2
+
+
+@pytest.mark.parametrize('target', ['sparse', 'text'])
+@pytest.mark.parametrize('kind', ['plain', 'bias', 'softcap'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_written_may_be_all_but_impossible(target, kind, dtype):
+    "Hundreds of nats below the likeliest token, exponentials that count from it would overflow."
+    wide = 1300
+    hidden, weight, bias = (20*torch.randn(N, H)).to(dtype), torch.randn(wide, H).to(dtype).float(), torch.randn(wide)
+    head = {'plain': Head(weight), 'bias': Head(weight, bias), 'softcap': Head(weight, None, 1., 150.)}[kind]
+    z = head.logits(hidden)
+    shown, labels = Sparse(z.topk(K)[1], torch.randn(N, K + 1).log_softmax(-1)[:, 1:]), z.argmin(1)
+    said = shown if target == 'sparse' else Text()
+    wanted = [x.requires_grad_() for x in (hidden, weight, bias)][:3 if kind == 'bias' else 2]
+    loss, _, ce = fused_loss(hidden, head, labels, said, ONE, ONE, chunk=4)
+    right, _, slow = plain_loss(head._replace(weight=weight).logits(hidden), labels, said, ONE, ONE)
+    assert slow.min() > 150 and torch.allclose(ce, slow, rtol=1e-5 if dtype == torch.float32 else .01)
+    near = 1e-5 if dtype == torch.float32 else .02
+    for ours, slow in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(right, wanted)):
+        assert (ours.float() - slow.float()).norm() < near*slow.float().norm()
+    with torch.no_grad(): assert torch.allclose(fused_loss(hidden, head, labels, said, ONE, ONE, chunk=4)[0], loss)
 
 
 @pytest.mark.parametrize('name', DIVERGENCES)
