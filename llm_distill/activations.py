@@ -8,6 +8,8 @@ __all__ = ['tied_weight', 'kept_short']
 # %% ../nbs/06f_activations.ipynb #e397d1f8
 import copy
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from types import FunctionType, MethodType
 
 import torch
 from torch import nn
@@ -16,36 +18,45 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from .attention import read_as
+from .device import cast, empty, product
 
 # %% ../nbs/06f_activations.ipynb #c77f9794
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
         wide = x.float()
-        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        room = empty(*wide.shape, dtype=wide.dtype, device=wide.device)
+        r = torch.square(wide, out=room).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (wide*r).mul_(weight).to(dtype)
+        return cast(torch.mul(wide, r, out=room).mul_(weight), dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
-        normed, g = x.float()*r, grad.float()
-        to_weight = (g*normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        normed, room = (empty(*x.shape, dtype=r.dtype, device=x.device) for _ in range(2))
+        torch.mul(x, r, out=normed)
+        torch.mul(grad, normed, out=room)
+        to_weight = room.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]: return None, to_weight, None, None
-        g = g*weight
-        return g.sub_(normed*(g*normed).mean(-1, keepdim=True)).mul_(r).to(x.dtype), to_weight, None, None
+        shares = (room @ weight.to(r.dtype)).div_(-x.shape[-1])
+        torch.mul(grad, weight, out=room).addcmul_(normed, shares[..., None]).mul_(r)
+        return cast(room, x.dtype), to_weight, None, None
 
 def _lean_norm(module: nn.Module):
     eps = getattr(module, 'variance_epsilon', getattr(module, 'eps', None))
     return lambda x: _Norm.apply(x, module.weight, eps, read_as(x))
 
 # %% ../nbs/06f_activations.ipynb #f5dd839f
+def _gated(gate, up, act):
+    acted = act(gate)
+    return torch.mul(acted, up, out=empty(*up.shape, dtype=torch.result_type(acted, up), device=up.device))
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, act):
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return act(gate)*up
+        return _gated(gate, up, act)
 
     @staticmethod
     def backward(ctx, grad):
@@ -60,7 +71,7 @@ def _lean_mlp(module: nn.Module):
         product = _Gated.apply(gate, up, module.act_fn)
         gate, up, place = gate.detach(), up.detach(), (product.data_ptr(), product.dtype, product.numel())
         def note(t): return tuple(t.shape) if (t.data_ptr(), t.dtype, t.numel()) == place else t
-        def read(kept): return (module.act_fn(gate)*up).view(kept) if isinstance(kept, tuple) else kept
+        def read(kept): return _gated(gate, up, module.act_fn).view(kept) if isinstance(kept, tuple) else kept
         noted = saved_tensors_hooks(note, read) if torch.is_grad_enabled() else nullcontext()
         with noted: return module.down_proj(product)
     return forward
@@ -70,17 +81,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
         learns, ctx.kind = ctx.needs_input_grad[1], x.dtype
-        rounded = x.to(dtype)
+        rounded = cast(x, dtype)
         ctx.save_for_backward(rounded if learns else None, weight)
-        return F.linear(rounded, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return product(rounded, cast(weight, dtype).T, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (x, weight), (to_x, to_weight, to_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        return ((grad @ weight.to(grad.dtype)).to(ctx.kind) if to_x else None,
-                (rows.T @ x.flatten(0, -2)).to(weight.dtype) if to_weight else None,
+        return (cast(product(grad, cast(weight, grad.dtype)), ctx.kind) if to_x else None,
+                cast(product(rows.T, x.flatten(0, -2)), weight.dtype) if to_weight else None,
                 rows.sum(0, dtype=weight.dtype) if to_bias else None, None)
 
 def _lean_linear(module: nn.Linear):
@@ -90,6 +101,39 @@ def _lean_linear(module: nn.Linear):
         if as_it_is: return F.linear(x, module.weight, module.bias)
         return _Product.apply(x, module.weight, module.bias, dtype)
     return forward
+
+# %% ../nbs/06f_activations.ipynb #6ac9ff6e
+def _turn(x, cos, sin, dtype): # (B, H, T, D), (B or 1, T, D) twice: x*cos + (x_2, x_1)*sin
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2)
+    room = empty(*x.shape, dtype=torch.result_type(x, cos), device=x.device)
+    torch.mul(x, cos, out=room).addcmul_(x.roll(x.shape[-1]//2, -1), sin)
+    return cast(room, dtype).transpose(1, 2)
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, dtype):
+        ctx.save_for_backward(cos, sin)
+        ctx.kind, (first, second) = x.dtype, sin.chunk(2, -1)
+        return _turn(x, cos, torch.cat((-first, second), -1), dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, -1)
+        return _turn(grad, cos, torch.cat((second, -first), -1), ctx.kind), None, None, None
+
+def _turned(q, k, cos, sin): # As transformers' `apply_rotary_pos_emb`
+    rounded = torch.is_autocast_enabled(q.device.type)
+    return tuple(_Turned.apply(x, cos, sin, read_as(x) if rounded else torch.result_type(x, cos)) for x in (q, k))
+
+_ROTATION = 'apply_rotary_pos_emb'  # the name by which a layer's code calls it
+
+def _lean_attention(module: nn.Module): # The same code, but for that name
+    own = type(module).forward
+    code = FunctionType(own.__code__, own.__globals__ | {_ROTATION: _turned}, own.__name__, own.__defaults__, own.__closure__)
+    code.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(code, module)
 
 # %% ../nbs/06f_activations.ipynb #e8c8e59c
 class _Lookup(torch.autograd.Function):
@@ -135,6 +179,19 @@ def _leaner(module: nn.Module): # (module, its lean forward) of each part of a l
         for name in sorted(_NORMS): yield getattr(module, name), _lean_norm
     if names == {'gate_proj', 'up_proj', 'down_proj', 'act_fn'}: yield module, _lean_mlp
 
+def _turns(module: nn.Module) -> bool: # Whether its code, as it stands, turns as `_turned` does
+    own = type(module).forward
+    theirs = getattr(own, '__globals__', {}).get(_ROTATION)
+    return theirs is not None and _ROTATION in own.__code__.co_names and _turns_like(theirs)
+
+@lru_cache
+def _turns_like(theirs) -> bool:
+    made = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(*shape, 4, 6, generator=made) for shape in ((2, 3), (2, 1), (2,), (2,)))
+    try: pairs = zip(theirs(q, k, cos, sin), _turned(q, k, cos, sin))
+    except (RuntimeError, TypeError): return False
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+
 def _twin(module: nn.Module) -> nn.Module: # The same code over a few weights, so that no hook hears of the trial
     if hasattr(module, 'weight'): return module
     twin = copy.copy(module)
@@ -168,7 +225,9 @@ def kept_short(
 ): # How many of its modules keep less
     "Within this, modules keep what cannot be computed again cheaply, and no more. Values and gradients stay the same."
     built = [found for module in model.modules() for found in _leaner(module) if _fits(*found)]
-    changed = [(m, lean) for m, lean in [*built, *(() if sharded else _own(model))] if 'forward' not in vars(m)]
+    turning = [(module, _lean_attention) for module in model.modules() if _turns(module)]
+    own = () if sharded else _own(model)
+    changed = [(m, lean) for m, lean in [*built, *turning, *own] if 'forward' not in vars(m)]
     for module, lean in changed: module.forward = lean(module)
     try: yield len(changed)
     finally:

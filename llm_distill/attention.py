@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .device import cpu_flags
+from .device import cpu_flags, empty
 
 # %% ../nbs/06h_attention.ipynb #b61ab141
 _ROOM = 2**21  # scores at the same time, 4 MiB in bfloat16
@@ -60,7 +60,7 @@ class _ByProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, steps, scale): # (B, H, T, D), (B, Hk, W, D) twice, (B, 1, T, W)
         ctx.save_for_backward(query, key, value, mask)
-        ctx.steps, ctx.scale, out = steps, scale, query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+        ctx.steps, ctx.scale, out = steps, scale, empty(*query.transpose(1, 2).shape, dtype=query.dtype).transpose(1, 2)
         q, k, v, o = (_of_keys(x, key.shape[1]) for x in (query, key, value, out))
         for at, to in _pieces(q, steps):
             shares = _shares(q[at], k[to], mask[at[0], :, at[3], to[3]], scale)
@@ -72,7 +72,7 @@ class _ByProducts(torch.autograd.Function):
     def backward(ctx, grad):
         *inputs, mask = ctx.saved_tensors
         query, key, value = inputs
-        grads = [torch.empty_like(query), *(torch.zeros_like(x, dtype=torch.float32) for x in (key, value))]
+        grads = [empty(*query.shape, dtype=query.dtype), *(torch.zeros_like(x, dtype=torch.float32) for x in (key, value))]
         q, k, v, g, dq, dk, dv = (_of_keys(x, key.shape[1]) for x in (*inputs, grad, *grads))
         for at, to in _pieces(q, ctx.steps):
             a, b, c, rows = q[at], k[to], v[to], _flat(g[at])

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['cpu_flags', 'cpu_name', 'Choice', 'choose', 'product_speed', 'step_flops', 'DeviceReport', 'device_report',
-           'trim_memory', 'kept_memory', 'release_threads']
+           'trim_memory', 'kept_memory', 'empty', 'cast', 'product', 'release_threads']
 
 # %% ../nbs/06c_device.ipynb #10d8c5fa
 import ctypes
+import math
 import platform
 import time
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .models import pick_device
@@ -159,6 +161,40 @@ def kept_memory():
         for name, value in ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26)):
             libc.mallopt(name, value)
         trim_memory()
+
+# %% ../nbs/06c_device.ipynb #dfe9b1a8
+_SMALL = 2**16 # bytes; below, places do not matter
+
+def empty(
+    *shape: int,
+    dtype: torch.dtype,
+    device: torch.device|str = 'cpu',
+) -> torch.Tensor:
+    "As `torch.empty`; when it is freed, its place is large enough for the next one like it."
+    size = math.prod(shape)*dtype.itemsize
+    if torch.device(device).type != 'cpu' or size < _SMALL: return torch.empty(shape, dtype=dtype, device=device)
+    held = torch.from_numpy(np.empty(size + 64, np.uint8)).untyped_storage()
+    start = -held.data_ptr() % 64
+    strides = [math.prod(shape[i + 1:]) for i in range(len(shape))]
+    return torch.empty(0, dtype=dtype).set_(held, start//dtype.itemsize, shape, strides)
+
+def cast(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor: # x itself where it is of that type
+    "As `x.to(dtype)`, in memory from `empty`."
+    return x if x.dtype == dtype else empty(*x.shape, dtype=dtype, device=x.device).copy_(x)
+
+def product(
+    a: torch.Tensor, # (..., K)
+    b: torch.Tensor, # (K, M), of the same type
+    bias: torch.Tensor|None = None, # (M,), likewise
+) -> torch.Tensor:   # (..., M)
+    "As `a @ b + bias`, in memory from `empty`. Outside of autograd."
+    out = empty(*a.shape[:-1], b.shape[1], dtype=a.dtype, device=a.device)
+    rows, room = a.reshape(-1, len(b)), out.view(-1, b.shape[1])
+    torch.mm(rows, b, out=room) if bias is None else torch.addmm(bias, rows, b, out=room)
+    return out
 
 # %% ../nbs/06c_device.ipynb #36f44a84
 def _pausing(files): # The function of the first library that has it; those before OpenMP 5.0 do not

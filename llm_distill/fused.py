@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .device import cast, empty, product
 from .liger import liger_cross_entropy, liger_wanted, race
 from .losses import (LOWEST, forward_kl, put_in_rows, shown_places, split_rows, teacher_outcomes, tempered,
                                 topk_tail_kl)
@@ -67,17 +68,17 @@ def head_of(
     return Head(head.weight, head.bias, factors[0]*factors[1]/factors[2], cap)
 
 # %% ../nbs/06a_fused.ipynb #c66b7396
-_WIDTH = 2**9  # words of the head at a time, on a CPU
-_ROWS = 2**11  # of a product that is added to another, or all of it would be there twice
+_WIDTH = 2**9   # words of the head at a time, on a CPU,
+_RETURN = 2**12 # and on the way back, where each part is added to what was there
 
-def _width(head: Head) -> int: return _WIDTH if head.weight.device.type == 'cpu' else len(head.weight)
+def _width(head: Head, most: int = _WIDTH) -> int: return most if head.weight.device.type == 'cpu' else len(head.weight)
 
-def _parts(head: Head, dtype: torch.dtype):
+def _parts(head: Head, dtype: torch.dtype, width: int):
     "Which words, and the head for them, with weights of that type."
-    for start in range(0, len(head.weight), _width(head)):
-        some = slice(start, start + _width(head))
+    for start in range(0, len(head.weight), width):
+        some = slice(start, start + width)
         bias = None if head.bias is None else head.bias[some]
-        yield some, head._replace(weight=head.weight[some].to(dtype), bias=bias)
+        yield some, head._replace(weight=cast(head.weight[some], dtype), bias=bias)
 
 # %% ../nbs/06a_fused.ipynb #3efe6286
 class _Shown:
@@ -117,7 +118,7 @@ class _Chunk:
 
     def logits(self, less: torch.Tensor, shown: _Shown|None = None): # (n, 1) -> part by part (n, words)
         "Less a number for each row; in z."
-        for i, (some, part) in enumerate(_parts(self.head, self.hidden.dtype)):
+        for i, (some, part) in enumerate(_parts(self.head, self.hidden.dtype, _width(self.head))):
             block = self.z[:, some if self.learns else slice(0, len(part.weight))]
             if self.folded: torch.addmm(-less, self.hidden, part.weight.T, out=block)
             else: block.copy_(part.logits(self.hidden).sub_(less))
@@ -137,9 +138,9 @@ class _Chunk:
 
     def back(self, factor: torch.Tensor, to_weight: torch.Tensor|None, to_bias: torch.Tensor|None, first: bool):
         "The gradient of the hidden states, (n, H), from z times `factor`, (n, 1); those of the head are added."
-        total = torch.empty(self.hidden.shape, device=self.hidden.device)
+        total = empty(*self.hidden.shape, dtype=torch.float32, device=self.hidden.device)
         read = (self.hidden*factor).to(self.hidden.dtype) if self.folded else self.hidden
-        for some, part in _parts(self.head, self.hidden.dtype):
+        for some, part in _parts(self.head, self.hidden.dtype, _width(self.head, _RETURN)):
             grad = self.z[:, some]
             if not self.folded:
                 grad = part.back(grad*factor, part.logits(self.hidden) if part.softcap else None)
@@ -150,8 +151,10 @@ class _Chunk:
         return total*factor if self.folded else total
 
 def _add_product(total, a, b, first): # In float32
-    if a.dtype == total.dtype: return total.addmm_(a, b, beta=0 if first else 1)
-    for block, some in zip(total.split(_ROWS), a.split(_ROWS)): block.copy_(some @ b) if first else block.add_(some @ b)
+    if a.dtype == total.dtype: total.addmm_(a, b, beta=0 if first else 1)
+    else: # part by part, or on a GPU all of it would be there twice
+        for block, some in zip(total.split(_RETURN), a.split(_RETURN)):
+            block.copy_(product(some, b)) if first else block.add_(product(some, b))
 
 def _divisor(factor: torch.Tensor) -> torch.Tensor: # Not 0: what stands in its row is divided by it
     return torch.where(factor.abs() < 1e-30, 1e-30, factor)
@@ -246,7 +249,7 @@ class Text:
 def _walk(hidden, head, labels, target, w_div, w_ce, how, chunk, back=None, exact=False):
     "Divergences and cross-entropies (N,); `back` is called with each chunk, its rows, and the factors of these."
     kind, wide = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype, len(head.weight)
-    room = torch.empty(min(chunk, len(hidden)), wide if back else _width(head), dtype=kind, device=hidden.device)
+    room = empty(min(chunk, len(hidden)), wide if back else _width(head), dtype=kind, device=hidden.device)
     values, sums = [], []
     for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
         pick = (x[rows] for x in (labels, w_div, w_ce))
@@ -257,12 +260,13 @@ def _walk(hidden, head, labels, target, w_div, w_ce, how, chunk, back=None, exac
         sums.append(each)
     sums = torch.cat(sums)
     if exact or ((sums > 1e-30) & (sums < 1e30)).all(): return [torch.cat(x) for x in zip(*values)]
+    del room, here  # or there would be two of them
     return _walk(hidden, head, labels, target, w_div, w_ce, how, chunk, back, True)
 
 def _value_and_grads(hidden, weight, bias, head, labels, target, w_div, w_ce, how, chunk):
     "Divergences and cross-entropies (N,), and the gradients of their weighted sum."
     if hidden.device.type != 'cpu': head = head._replace(weight=weight.to(hidden.dtype))  # all of it, but once
-    to_weight = torch.empty(weight.shape, device=weight.device) if weight.requires_grad else None
+    to_weight = empty(*weight.shape, dtype=torch.float32, device=weight.device) if weight.requires_grad else None
     to_bias = None if bias is None else torch.empty(bias.shape, device=bias.device)
     to_hidden = torch.empty_like(hidden)
     def back(here, rows, factor): to_hidden[rows] = here.back(factor, to_weight, to_bias, not rows[0]).to(hidden.dtype)
@@ -306,7 +310,7 @@ def fused_loss(
     w_ce: torch.Tensor,         # Weight of the cross-entropy, likewise
     divergence: Callable = forward_kl, # Of log_p and log_q, see `llm_distill.losses`
     temperature: float = 1.,    # Above 0; the divergence is multiplied by its square
-    chunk: int = 512,           # Rows whose logits exist at the same time
+    chunk: int = 1024,          # Rows whose logits exist at the same time
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # The weighted sum; divergences and cross-entropies (N,), nats
     "A divergence mixed with cross-entropy, from hidden states, without ever holding all logits."
     how = divergence, temperature
@@ -346,7 +350,7 @@ def chosen_logprobs(
     hidden: torch.Tensor, # What the student's head reads, (N, H)
     head: Head,
     labels: torch.Tensor, # (N,)
-    chunk: int = 512,     # Rows whose logits exist at the same time
+    chunk: int = 1024,    # Rows whose logits exist at the same time
 ) -> torch.Tensor:        # (N,) natural logs, with a gradient
     "The logprob of each written token."
     return _Chosen.apply(hidden, head.weight, head.bias, head, labels, chunk)

@@ -56,7 +56,7 @@ class Objective:
     alpha: float = .8               # Weight of what the teacher gave, 0 or more
     beta: float = .2                # Weight of the cross-entropy on the written tokens, 0 or more
     temperature: float = 1.         # Above 0; on both sides of the divergence
-    chunk: int = 512                # Tokens whose logits exist at the same time
+    chunk: int = 1024               # Tokens whose logits exist at the same time
 
     def __post_init__(self):
         find_divergence(self.divergence, self.mix)

@@ -53,7 +53,7 @@ class DistillConfig(TrainingArguments):
     train_on: str = _option('last', '"last": the answer; "all": also what the assistant said before, as text.')
     max_length: int = _option(1024, 'Longest example in tokens; the rest is cut and counted.')
     packing: bool = _option(False, 'Put several short examples into one row of max_length tokens.')
-    chunk: int = _option(512, 'Tokens whose logits exist at the same time.')
+    chunk: int = _option(1024, 'Tokens whose logits exist at the same time.')
     precision: str = _option('auto', 'Of matrix products: "auto", "float32", "bf16" or "fp16".')
     freeze_embeddings: bool = _option(False, 'Leave embeddings and head alone; see below.')
     lmbda: float = _option(0., 'Share of the batches whose answers the student writes itself, 0 to 1; needs a teacher.')
