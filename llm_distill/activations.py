@@ -34,12 +34,13 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
         normed, room = (empty(*x.shape, dtype=r.dtype, device=x.device) for _ in range(2))
-        torch.mul(x, r, out=normed)
-        torch.mul(grad, normed, out=room)
+        g = cast(grad, r.dtype)
+        torch.mul(x.float(), r, out=normed)
+        torch.mul(g, normed, out=room)
         to_weight = room.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]: return None, to_weight, None, None
         shares = (room @ weight.to(r.dtype)).div_(-x.shape[-1])
-        torch.mul(grad, weight, out=room).addcmul_(normed, shares[..., None]).mul_(r)
+        torch.mul(g, weight, out=room).addcmul_(normed, shares[..., None]).mul_(r)
         return cast(room, x.dtype), to_weight, None, None
 
 def _lean_norm(module: nn.Module):
@@ -68,12 +69,12 @@ class _Gated(torch.autograd.Function):
 def _lean_mlp(module: nn.Module):
     def forward(x):
         gate, up = module.gate_proj(x), module.up_proj(x)
-        product = _Gated.apply(gate, up, module.act_fn)
-        gate, up, place = gate.detach(), up.detach(), (product.data_ptr(), product.dtype, product.numel())
+        gated = _Gated.apply(gate, up, module.act_fn)
+        gate, up, place = gate.detach(), up.detach(), (gated.data_ptr(), gated.dtype, gated.numel())
         def note(t): return tuple(t.shape) if (t.data_ptr(), t.dtype, t.numel()) == place else t
         def read(kept): return _gated(gate, up, module.act_fn).view(kept) if isinstance(kept, tuple) else kept
         noted = saved_tensors_hooks(note, read) if torch.is_grad_enabled() else nullcontext()
-        with noted: return module.down_proj(product)
+        with noted: return module.down_proj(gated)
     return forward
 
 # %% ../nbs/06f_activations.ipynb #a07e1088
@@ -123,17 +124,21 @@ class _Turned(torch.autograd.Function):
         first, second = sin.chunk(2, -1)
         return _turn(grad, cos, torch.cat((second, -first), -1), ctx.kind), None, None, None
 
-def _turned(q, k, cos, sin): # As transformers' `apply_rotary_pos_emb`
-    rounded = torch.is_autocast_enabled(q.device.type)
-    return tuple(_Turned.apply(x, cos, sin, read_as(x) if rounded else torch.result_type(x, cos)) for x in (q, k))
+def _lean_rotation(own): # transformers' `apply_rotary_pos_emb`
+    def turned(q, k, cos, sin, *args, **kwargs):
+        if args or kwargs or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]: return own(q, k, cos, sin, *args, **kwargs)
+        rounded = torch.is_autocast_enabled(q.device.type)
+        return tuple(_Turned.apply(x, cos, sin, read_as(x) if rounded else torch.result_type(x, cos)) for x in (q, k))
+    return turned
 
 _ROTATION = 'apply_rotary_pos_emb'  # the name by which a layer's code calls it
 
-def _lean_attention(module: nn.Module): # The same code, but for that name
+def _lean_attention(module: nn.Module): # The same code, with that name for the lean one
     own = type(module).forward
-    code = FunctionType(own.__code__, own.__globals__ | {_ROTATION: _turned}, own.__name__, own.__defaults__, own.__closure__)
-    code.__kwdefaults__ = own.__kwdefaults__
-    return MethodType(code, module)
+    names = own.__globals__ | {_ROTATION: _lean_rotation(own.__globals__[_ROTATION])}
+    lean = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    lean.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(lean, module)
 
 # %% ../nbs/06f_activations.ipynb #e8c8e59c
 class _Lookup(torch.autograd.Function):
@@ -179,18 +184,17 @@ def _leaner(module: nn.Module): # (module, its lean forward) of each part of a l
         for name in sorted(_NORMS): yield getattr(module, name), _lean_norm
     if names == {'gate_proj', 'up_proj', 'down_proj', 'act_fn'}: yield module, _lean_mlp
 
-def _turns(module: nn.Module) -> bool: # Whether its code, as it stands, turns as `_turned` does
+def _turns(module: nn.Module) -> bool: # Whether its own code calls a rotation that is like the lean one
     own = type(module).forward
-    theirs = getattr(own, '__globals__', {}).get(_ROTATION)
-    return theirs is not None and _ROTATION in own.__code__.co_names and _turns_like(theirs)
+    rotation = getattr(own, '__globals__', {}).get(_ROTATION)
+    return rotation is not None and _ROTATION in own.__code__.co_names and _turns_by_halves(rotation)
 
 @lru_cache
-def _turns_like(theirs) -> bool:
+def _turns_by_halves(rotation) -> bool:
     made = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (torch.randn(*shape, 4, 6, generator=made) for shape in ((2, 3), (2, 1), (2,), (2,)))
-    try: pairs = zip(theirs(q, k, cos, sin), _turned(q, k, cos, sin))
-    except (RuntimeError, TypeError): return False
-    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+    given = [torch.randn(*shape, 4, 6, generator=made) for shape in ((2, 3), (2, 1), (2,), (2,))]
+    try: return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(rotation(*given), _lean_rotation(rotation)(*given)))
+    except (RuntimeError, TypeError, ValueError): return False  # of another kind
 
 def _twin(module: nn.Module) -> nn.Module: # The same code over a few weights, so that no hook hears of the trial
     if hasattr(module, 'weight'): return module

@@ -60,7 +60,8 @@ class _ByProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, steps, scale): # (B, H, T, D), (B, Hk, W, D) twice, (B, 1, T, W)
         ctx.save_for_backward(query, key, value, mask)
-        ctx.steps, ctx.scale, out = steps, scale, empty(*query.transpose(1, 2).shape, dtype=query.dtype).transpose(1, 2)
+        ctx.steps, ctx.scale = steps, scale
+        out = empty(*query.transpose(1, 2).shape, dtype=query.dtype).transpose(1, 2)
         q, k, v, o = (_of_keys(x, key.shape[1]) for x in (query, key, value, out))
         for at, to in _pieces(q, steps):
             shares = _shares(q[at], k[to], mask[at[0], :, at[3], to[3]], scale)
