@@ -73,7 +73,8 @@ class _ByProducts(torch.autograd.Function):
     def backward(ctx, grad):
         *inputs, mask = ctx.saved_tensors
         query, key, value = inputs
-        grads = [empty(*query.shape, dtype=query.dtype), *(torch.zeros_like(x, dtype=torch.float32) for x in (key, value))]
+        summed = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        grads = [empty(*query.shape, dtype=query.dtype), *summed]
         q, k, v, g, dq, dk, dv = (_of_keys(x, key.shape[1]) for x in (*inputs, grad, *grads))
         for at, to in _pieces(q, ctx.steps):
             a, b, c, rows = q[at], k[to], v[to], _flat(g[at])
