@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,18 @@ HEAVY = ['torch', 'transformers.trainer', 'transformers.generation', 'transforme
          'transformers.models.llama.modeling_llama', 'transformers.tokenization_utils_tokenizers', 'nbdev.test']
 
 
-def in_this_process(notebook: Path, log: Path):
+@pytest.fixture
+def room():
+    "For what a killed kernel leaves behind. Its name is short, as those of sockets have to be."
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder: yield folder
+
+
+def in_this_process(notebook: Path, log: Path, room: str):
     "What `nbdev-test NOTEBOOK` does."
     with log.open('w') as file:
         for number in (1, 2): os.dup2(file.fileno(), number)
-        os.environ['OMP_NUM_THREADS'] = '1'  # of processes that it starts
+        os.environ |= {'OMP_NUM_THREADS': '1', 'TMPDIR': room}  # of processes that it starts
+        tempfile.tempdir = room
         os.chdir(ROOT)
         import torch
         from nbdev.test import nbdev_test
@@ -28,20 +36,20 @@ def in_this_process(notebook: Path, log: Path):
         nbdev_test(str(notebook))
 
 
-def run(notebook: Path, log: Path) -> int: # The exit status; 0 where all cells ran
+def run(notebook: Path, log: Path, room: str) -> int: # The exit status; 0 where all cells ran
     fork = 'forkserver' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('forkserver' if fork else 'spawn')
     if fork: context.set_forkserver_preload(HEAVY)
-    process = context.Process(target=in_this_process, args=(notebook, log))
+    process = context.Process(target=in_this_process, args=(notebook, log, room))
     process.start()
     process.join()
     return process.exitcode
 
 
 @pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda p: p.stem)
-def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
+def test_tutorial_in_a_real_kernel(tutorial, tmp_path, room):
     script = [sys.executable, '-c', EXECUTE, str(tutorial), str(tmp_path/'done.ipynb'), str(tmp_path)]
-    began, env = os.times(), os.environ | {'OMP_NUM_THREADS': '1'}
+    began, env = os.times(), os.environ | {'OMP_NUM_THREADS': '1', 'TMPDIR': room}
     done = subprocess.run([*without_network(), *script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     ended = os.times()
@@ -52,6 +60,6 @@ def test_tutorial_in_a_real_kernel(tutorial, tmp_path):
 
 
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: p.stem)
-def test_notebook(notebook, tmp_path):
+def test_notebook(notebook, tmp_path, room):
     log = tmp_path/'log'
-    assert run(notebook, log) == 0, log.read_text(errors='replace')
+    assert run(notebook, log, room) == 0, log.read_text(errors='replace')
